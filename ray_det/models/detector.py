@@ -1,0 +1,136 @@
+"""What every detector offers, whatever library it comes from.
+
+A detector lives in canvas pixels: it gets uint8 images that lie top-left on a common canvas, their real sizes and
+boxes on that canvas, and answers with losses or with boxes on that canvas. Mapping to the pixels of the stored image
+is the caller's work (`ray_det.evaluate.inference`).
+
+Shape legend: B images, H W canvas pixels, N boxes of one image.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ray_det.types import IMAGENET_MEAN, MicroBatch
+
+
+class Target(TypedDict):
+    """Ground truth of one image, with torchvision's keys."""
+
+    boxes: Tensor  # float32 (N, 4) xyxy in canvas pixels
+    labels: Tensor  # int64 (N,) contiguous labels 0..C-1
+    image_id: Tensor  # int64 ()
+    area: Tensor  # float32 (N,) canvas pixels
+    iscrowd: Tensor  # int64 (N,), zeros: crowds are never training targets
+    orig_size: Tensor  # int64 (2,) (h, w) of the stored image
+    size: Tensor  # int64 (2,) (h, w) of the real pixels on the canvas
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on the device."""
+
+    images_B3HW: Tensor  # uint8, RGB
+    pixel_mask_BHW: Tensor  # bool, True = real pixel
+    sizes: list[tuple[int, int]]  # (h, w) of the real pixels, on the host
+    targets: list[Target]
+
+
+class Prediction(TypedDict):
+    """Detections of one image in canvas pixels, best score first."""
+
+    boxes: Tensor  # float32 (N, 4) xyxy
+    scores: Tensor  # float32 (N,)
+    labels: Tensor  # int64 (N,) contiguous labels 0..C-1
+
+
+class Detector(nn.Module):
+    """Base of the adapters: owns the normalisation and the padding value, knows neither Ray nor COCO.
+
+    Args:
+        mean, std: the model's own normalisation of 0..1 RGB, or (0, 0, 0) and (1, 1, 1) for models that take plain 0..1.
+        pad: the RGB value in 0..1, before normalisation, that padded pixels stand for.
+    """
+
+    size_divisor: int = 32
+    """Canvas heights and widths are multiples of this."""
+    loss_names: tuple[str, ...] = ()
+    """Keys of `loss()` beside "loss": always all of them, so that ranks can reduce them together."""
+    architecture: dict[str, Any]
+    """JSON: all that is needed, with the class list, to build the same module again without weights or network."""
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        pad: tuple[float, ...] = IMAGENET_MEAN,
+    ) -> None:
+        super().__init__()
+        for name, value in (("_mean", mean), ("_std", std), ("_pad", pad)):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, batch: Batch) -> Tensor:
+        """float32 (B, 3, H, W): the model's input. Padded pixels hold exactly `pad` under the normalisation."""
+        mean, std, pad = self.get_buffer("_mean"), self.get_buffer("_std"), self.get_buffer("_pad")
+        images = (batch.images_B3HW.float() / 255 - mean) / std
+        return torch.where(batch.pixel_mask_BHW[:, None], images, (pad - mean) / std)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss`, under the name that DistributedDataParallel calls."""
+        return self.loss(batch)
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of a micro-batch, averaged as the model's paper says, over this micro-batch alone.
+
+        Returns:
+            "loss", a float32 scalar that sums what is optimised, and every key of `loss_names`, weighted and detached,
+            which together add up to it. All trainable parameters are part of the graph, also when no image has a box.
+        """
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """Detections of every image; call in eval mode, under `torch.inference_mode()`."""
+
+    def loss_and_predict(self, batch: Batch) -> tuple[dict[str, Tensor], list[Prediction]]:
+        """Both, in eval mode without gradients; adapters share the forward pass where the model allows it."""
+        return self.loss(batch), self.predict(batch)
+
+
+def to_device(micro: MicroBatch, device: torch.device) -> Batch:
+    """Copy a host micro-batch to the device: pixels, boxes and labels; what only bookkeeping reads stays on the host."""
+    pixels = torch.from_numpy(micro.pixels_BHW3)
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    images_B3HW = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    height, width = micro.pixels_BHW3.shape[1:3]
+    sizes = [(int(h), int(w)) for h, w in micro.sizes_B2]
+    targets = [_target(micro, i, device) for i in range(len(sizes))]
+    return Batch(images_B3HW, pixel_mask(sizes, height, width, device), sizes, targets)
+
+
+def pixel_mask(sizes: list[tuple[int, int]], height: int, width: int, device: torch.device) -> Tensor:
+    """bool (B, H, W), True where a pixel is real."""
+    size_B2 = torch.tensor(sizes, device=device)
+    rows = torch.arange(height, device=device) < size_B2[:, :1]
+    columns = torch.arange(width, device=device) < size_B2[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _target(micro: MicroBatch, i: int, device: torch.device) -> Target:
+    boxes = torch.from_numpy(micro.boxes_N4[i])
+    labels = torch.from_numpy(micro.labels_N[i])
+    return Target(
+        boxes=boxes.to(device, non_blocking=True),
+        labels=labels.to(device, non_blocking=True),
+        image_id=torch.tensor(int(micro.image_ids_B[i])),
+        area=(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
+        iscrowd=torch.zeros_like(labels),
+        orig_size=torch.from_numpy(micro.orig_sizes_B2[i].astype("int64")),
+        size=torch.from_numpy(micro.sizes_B2[i].astype("int64")),
+    )

@@ -1,0 +1,77 @@
+"""Plain values that travel between the rooms. NumPy only: loader processes never import torch.
+
+Shape legend: B images of a micro-batch, H W canvas pixels, N boxes of one image, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Mean of ImageNet's RGB pixels in 0..1; what padded pixels hold before a model's own normalisation."""
+
+
+class UserError(Exception):
+    """Something the user can put right. Jobs print it as one line and exit with status 2."""
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """The classes of a dataset. `label` is the contiguous index 0..C-1, `category_id` is COCO's id.
+
+    Labels follow ascending `category_id`, so two files with the same categories agree.
+    """
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to_json(self) -> list[dict[str, int | str]]:
+        """COCO's own `categories` list."""
+        return [{"id": i, "name": n} for i, n in zip(self.category_ids, self.names, strict=True)]
+
+    @classmethod
+    def from_json(cls, categories: list[dict]) -> ClassList:
+        """From COCO's `categories`, in any order.
+
+        Raises:
+            UserError: two categories share an id.
+        """
+        ordered = sorted(categories, key=lambda c: c["id"])
+        ids = tuple(int(c["id"]) for c in ordered)
+        if len(set(ids)) != len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            raise UserError(f"category id {twice} appears more than once")
+        return cls(tuple(str(c["name"]) for c in ordered), ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One ready micro-batch on the host: what a loader hands to a train or evaluation step.
+
+    Every image lies top-left on a canvas of H x W; `sizes` says how much of it is real.
+    """
+
+    epoch: int
+    step: int  # optimizer step within the epoch; in evaluation the batch number
+    index: int  # micro-batch within the step
+    pixels_BHW3: np.ndarray  # uint8 RGB
+    sizes_B2: np.ndarray  # int32 (h, w) of the real pixels on the canvas
+    orig_sizes_B2: np.ndarray  # int32 (h, w) of the stored image
+    image_ids_B: np.ndarray  # int64
+    boxes_N4: list[np.ndarray]  # B arrays, float32 xyxy in canvas pixels
+    labels_N: list[np.ndarray]  # B arrays, int64 contiguous labels
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Detections of one image, best score first."""
+
+    image_id: int
+    boxes_N4: np.ndarray  # float32 xyxy in pixels of the stored image
+    scores_N: np.ndarray  # float32 in 0..1
+    labels_N: np.ndarray  # int64 contiguous labels
