@@ -1,4 +1,7 @@
-"""The whole configuration of a run: frozen, typed, every field with its unit. Wrong values fail here, by name and value."""
+"""The whole configuration of a run: frozen, typed, every field with its unit.
+
+Wrong values fail here, by name and value.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
 
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -66,7 +68,7 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     name: str = Field(
         "transformers/ustc-community/dfine-small-coco",
-        description="torchvision/<builder>, torchvision/<detector>_<backbone>_fpn or transformers/<hub id, folder, type>",
+        description="torchvision/<builder | detector_backbone_fpn> or transformers/<hub id | folder | model type>",
     )
     weights: str = Field("default", description="default, none, or a file (whole detector or backbone only)")
     fpn_channels: Annotated[int, Field(ge=8)] = Field(

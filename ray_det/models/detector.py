@@ -53,7 +53,7 @@ class Detector(nn.Module):
     """Base of the adapters: owns the normalisation and the padding value, knows neither Ray nor COCO.
 
     Args:
-        mean, std: the model's own normalisation of 0..1 RGB, or (0, 0, 0) and (1, 1, 1) for models that take plain 0..1.
+        mean, std: the model's own normalisation of 0..1 RGB; (0, 0, 0) and (1, 1, 1) where it takes plain 0..1.
         pad: the RGB value in 0..1, before normalisation, that padded pixels stand for.
     """
 
@@ -103,7 +103,7 @@ class Detector(nn.Module):
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> Batch:
-    """Copy a host micro-batch to the device: pixels, boxes and labels; what only bookkeeping reads stays on the host."""
+    """Copy pixels, boxes and labels to the device; what only bookkeeping reads stays on the host."""
     pixels = torch.from_numpy(micro.pixels_BHW3)
     if device.type == "cuda":
         pixels = pixels.pin_memory()
