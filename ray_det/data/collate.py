@@ -1,0 +1,173 @@
+"""Plan rows to ready micro-batches: a pure function, with the Arrow form in which they travel between processes.
+
+Images lie top-left on a canvas filled with the mean of ImageNet (or black); heights and widths of the canvas come from
+the plan. What a micro-batch holds depends on its plan row, the manifest and the seed, never on who loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from ray_det import boxes as box_ops
+from ray_det.config import AugmentConfig
+from ray_det.data import augment, decode
+from ray_det.data.manifest import Manifest
+from ray_det.data.plan import Assignment, resized
+from ray_det.types import IMAGENET_MEAN, MicroBatch, UserError
+
+MEAN_PIXEL = np.round(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)
+THREADS = 2
+"""Images loaded at once by one loader: decoding releases the GIL, and one may wait for the disk."""
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """How images become micro-batches, the same for all of a run."""
+
+    resize: str
+    padding: str
+    seed: int
+    augment: AugmentConfig | None  # None: evaluation
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Micro-batches to load and the manifest rows that they need, in the order of `assignment.rows`."""
+
+    assignment: Assignment
+    images: Manifest
+    spec: LoadSpec
+
+
+def shard(manifest: Manifest, assignment: Assignment, spec: LoadSpec) -> Shard:
+    """Cut a manifest to what an assignment needs: this, not the whole manifest, travels to the loaders."""
+    return Shard(assignment, replace(manifest, table=manifest.table.take(assignment.rows)), spec)
+
+
+def load(work: Shard, start: int = 0, stop: int | None = None) -> list[MicroBatch]:
+    """Load micro-batches start..stop - 1 of a shard; all pixels lie in one buffer.
+
+    Raises:
+        UserError: an image cannot be read, or is not of the size that the manifest has.
+    """
+    cv2.setNumThreads(0)  # the pool below is the parallelism
+    part = work.assignment.slice(start, len(work.assignment) if stop is None else stop)
+    first = int(work.assignment.offsets[start])
+    records = work.images.table.slice(first, len(part.rows)).to_pylist()
+    for i, record in enumerate(records):
+        record["uri"] = work.images.uri(first + i)
+    areas = np.diff(part.offsets) * part.canvas.prod(axis=1, dtype=np.int64) * 3
+    ends = np.cumsum(areas)
+    buffer = np.empty(int(ends[-1]), np.uint8)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [
+            _load_one(work.spec, part, i, records, buffer[end - size : end], pool)
+            for i, (end, size) in enumerate(zip(ends, areas, strict=True))
+        ]
+
+
+def _load_one(
+    spec: LoadSpec, part: Assignment, i: int, records: list[dict], buffer: np.ndarray, pool: ThreadPoolExecutor
+) -> MicroBatch:
+    images = records[part.offsets[i] : part.offsets[i + 1]]
+    epoch, step, index = map(int, part.keys[i])
+    height, width = map(int, part.canvas[i])
+    pixels = buffer.reshape(len(images), height, width, 3)
+    size = int(part.image_size[i])
+    loaded = pool.map(lambda pair: _load_image(spec, pair[0], epoch, size, pair[1]), zip(images, pixels, strict=True))
+    sizes, boxes, labels = zip(*loaded, strict=True)
+    return MicroBatch(
+        epoch,
+        step,
+        index,
+        pixels,
+        np.array(sizes, np.int32),
+        np.array([(r["height"], r["width"]) for r in images], np.int32),
+        np.array([r["image_id"] for r in images], np.int64),
+        list(boxes),
+        list(labels),
+    )
+
+
+def _load_image(
+    spec: LoadSpec, record: dict, epoch: int, image_size: int, canvas_HW3: np.ndarray
+) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,)."""
+    uri, source = record["uri"], (record["height"], record["width"])
+    image = decode.decode(decode.read_bytes(uri), uri)
+    if image.shape[:2] != source:
+        raise UserError(f"image {uri} is {image.shape[:2]} (h, w), the manifest says {source}: prepare it again")
+    fit = resized(np.array(source[0]), np.array(source[1]), image_size, spec.resize)
+    canvas, config = (canvas_HW3.shape[0], canvas_HW3.shape[1]), spec.augment
+    view = augment.whole(source, (int(fit[0]), int(fit[1])))
+    if config is not None:
+        rng = np.random.default_rng([spec.seed, epoch, record["image_id"] % 2**63])
+        view = augment.sample(rng, config, source, (view.height, view.width), canvas)
+    if view.height > canvas[0] or view.width > canvas[1]:
+        raise AssertionError(f"{uri}: {view} does not fit the planned canvas {canvas}")
+    augment.apply(view, image, canvas_HW3[: view.height, : view.width])
+    fill = MEAN_PIXEL if spec.padding == "mean" else 0
+    canvas_HW3[view.height :] = fill
+    canvas_HW3[: view.height, view.width :] = fill
+    boxes, labels = _targets(record)
+    boxes, keep = augment.apply_to_boxes(view, box_ops.clip(boxes, *source), config.min_visible if config else 0.0)
+    return (view.height, view.width), boxes, labels[keep]
+
+
+def _targets(record: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(xyxy float64 (N, 4), labels int64 (N,)) of the boxes that may be trained on."""
+    ok = np.array(record["box_ok"], bool)
+    boxes = np.array(record["boxes"], np.float64).reshape(-1, 4)[ok]
+    return box_ops.xywh_to_xyxy(boxes), np.array(record["labels"], np.int64)[ok]
+
+
+_ARRAYS = {"sizes": np.int32, "orig_sizes": np.int32, "image_ids": np.int64, "boxes": np.float32, "labels": np.int64}
+
+
+def to_table(batches: list[MicroBatch]) -> pa.Table:
+    """One Arrow row per micro-batch. Pixels that lie in one buffer, as `load` leaves them, are not copied."""
+    head = np.array([(b.epoch, b.step, b.index, *b.pixels_BHW3.shape[:3]) for b in batches], np.int32)
+    names = ("epoch", "step", "index", "images", "height", "width")
+    columns: dict[str, pa.Array] = {name: pa.array(head[:, i]) for i, name in enumerate(names)}
+    offsets = np.cumsum([0, *(b.pixels_BHW3.size for b in batches)], dtype=np.int64)
+    flat = batches[0].pixels_BHW3.base
+    if flat is None or flat.size != offsets[-1]:
+        flat = np.concatenate([b.pixels_BHW3.ravel() for b in batches])
+    columns["pixels"] = pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(batches), [None, pa.py_buffer(offsets), pa.py_buffer(flat.reshape(-1))]
+    )
+    parts = {
+        "counts": [np.array([len(n) for n in b.labels_N], np.int32) for b in batches],
+        "sizes": [b.sizes_B2 for b in batches],
+        "orig_sizes": [b.orig_sizes_B2 for b in batches],
+        "image_ids": [b.image_ids_B for b in batches],
+        "boxes": [np.concatenate(b.boxes_N4) for b in batches],
+        "labels": [np.concatenate(b.labels_N) for b in batches],
+    }
+    return pa.table(columns | {k: pa.array([a.tobytes() for a in v], pa.binary()) for k, v in parts.items()})
+
+
+def from_table(table: pa.Table) -> Iterator[MicroBatch]:
+    """The micro-batches of `to_table`. Pixels are read-only views of the Arrow buffer."""
+    for record, pixels in zip(table.drop_columns(["pixels"]).to_pylist(), table["pixels"], strict=True):
+        b, h, w = record["images"], record["height"], record["width"]
+        counts = np.frombuffer(record["counts"], np.int32)
+        arrays = {k: np.frombuffer(record[k], dtype).copy() for k, dtype in _ARRAYS.items()}
+        cuts = np.cumsum(counts)[:-1]
+        yield MicroBatch(
+            record["epoch"],
+            record["step"],
+            record["index"],
+            np.frombuffer(pixels.as_buffer(), np.uint8).reshape(b, h, w, 3),
+            arrays["sizes"].reshape(b, 2),
+            arrays["orig_sizes"].reshape(b, 2),
+            arrays["image_ids"],
+            np.split(arrays["boxes"].reshape(-1, 4), cuts),
+            np.split(arrays["labels"], cuts),
+        )
