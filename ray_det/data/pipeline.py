@@ -1,4 +1,4 @@
-"""Micro-batches through Ray Data: loader tasks anywhere in the cluster, in plan order, one execution per epoch and rank.
+"""Micro-batches through Ray Data: loader tasks anywhere in the cluster, in plan order, one execution per epoch.
 
 Each rank streams its own assignment inside the train loop, where the world size and the restored step are known:
 nothing has to be split between ranks, and resuming is a shorter assignment.

@@ -1,0 +1,40 @@
+"""Detections of all ranks to rank 0, every image exactly once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TypeVar
+
+import numpy as np
+import torch.distributed as dist
+
+from ray_det.types import Detections
+
+T = TypeVar("T")
+
+
+def gather_lists(local: list[T], group: dist.ProcessGroup | None = None) -> list[T] | None:
+    """The lists of all ranks, joined, on rank 0; None elsewhere.
+
+    Args:
+        group: a group of a backend that moves host objects (gloo); None where there is one process.
+    """
+    if group is None:
+        return local
+    rank = dist.get_rank(group)
+    parts: list[list[T] | None] | None = [None] * dist.get_world_size(group) if rank == 0 else None
+    dist.gather_object(local, parts, group_dst=0, group=group)
+    return None if parts is None else [item for part in parts for item in (part or [])]
+
+
+def require_each_once(detections: list[Detections], image_ids: np.ndarray) -> None:
+    """Raises RuntimeError unless every image id appears exactly once among the detections."""
+    if np.array_equal(np.sort([d.image_id for d in detections]), np.sort(image_ids)):
+        return
+    seen = Counter(d.image_id for d in detections)
+    missing = [int(i) for i in image_ids if not seen[int(i)]]
+    twice = [i for i, n in seen.items() if n > 1]
+    raise RuntimeError(
+        f"evaluation must see every image once: {len(missing)} missing (first {missing[:3]}), "
+        f"{len(twice)} repeated (first {twice[:3]})"
+    )

@@ -1,0 +1,129 @@
+"""One optimizer step over this rank's micro-batches of a global batch. Knows torch.distributed, not Ray.
+
+Gradients and logged losses are means over all micro-batches of the global batch, whoever computes them: a micro-batch
+is normalised by itself and its random numbers come from (seed, step, index), so the world size changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ray_det.models.detector import Detector, to_device
+from ray_det.types import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave, the same on every rank."""
+
+    loss: float  # mean over the global batch
+    components: dict[str, float]  # of the loss, weighted
+    grad_norm: float  # before clipping
+    applied: bool  # False: loss or gradient was not finite, and the weights were left alone
+
+
+def wrap_ddp(detector: Detector, device: torch.device) -> nn.Module:
+    """The detector in DistributedDataParallel, or alone where there is one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return detector
+    ids = [device.index or 0] if device.type == "cuda" else None
+    return DistributedDataParallel(detector, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[MicroBatch],
+    *,
+    device: torch.device,
+    clip_norm: float,
+    seed: int,
+    global_step: int,
+    bf16: bool = False,
+) -> StepResult:
+    """Forward and backward over this rank's micro-batches, all-reduce, clip, update.
+
+    A loss or gradient norm that is not finite on any rank makes every rank skip the update; batch norm statistics
+    are put back too.
+
+    Args:
+        model: from `wrap_ddp`.
+        clip_norm: largest global norm of the gradient; 0: none.
+        global_step: with `seed` and a micro-batch's index the source of the model's random numbers.
+    """
+    detector = model.module if isinstance(model, DistributedDataParallel) else model
+    names = ("loss", *detector.loss_names)  # pyright: ignore[reportGeneralTypeIssues]
+    with _batch_norm_memory(model) as restore_batch_norm:
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(len(names), device=device)
+        for i, micro in enumerate(micro_batches):
+            torch.manual_seed(step_seed(seed, global_step, micro.index))
+            last = i == len(micro_batches) - 1
+            sync = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+            with sync:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    losses = model(to_device(micro, device))
+                (losses["loss"] / len(micro_batches)).backward()
+            total += torch.stack([losses[name].detach().float() for name in names]) / len(micro_batches)
+        params = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        values = _reduce(total, norm)
+        applied = bool(np.isfinite(values).all())
+        if applied:
+            if clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
+            optimizer.step()
+        else:
+            restore_batch_norm()
+    return StepResult(values[0], dict(zip(names[1:], values[1:-1], strict=True)), values[-1], applied)
+
+
+def _reduce(total: Tensor, norm: Tensor) -> list[float]:
+    """Losses averaged over ranks, then the norm; one collective and one transfer to the host."""
+    vector = torch.cat([total, norm.reshape(1)]).double()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(vector)
+        vector /= dist.get_world_size()
+    return vector.tolist()
+
+
+def step_seed(seed: int, global_step: int, index: int) -> int:
+    """Seed of torch's generators for one micro-batch."""
+    return int(np.random.SeedSequence([seed, global_step, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def _batch_norm_memory(model: nn.Module) -> Iterator:
+    """Gives a function that puts the running statistics of batch norms back to what they were at entry."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    buffers = [b for m in norms for b in m.buffers()]
+    saved = [b.clone() for b in buffers]
+
+    def restore() -> None:
+        for buffer, old in zip(buffers, saved, strict=True):
+            buffer.copy_(old)
+
+    yield restore
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to autocast: `auto` means where bf16 is fast, which is on CUDA and on CPUs with AMX tiles."""
+    if precision == "auto":
+        return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return precision == "bf16"
+
+
+def make_deterministic(threads: int, deterministic: bool) -> None:
+    """Set this process's threads and whether torch uses deterministic algorithms only (it warns where none exist)."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.benchmark = not deterministic
