@@ -1,0 +1,138 @@
+"""What a checkpoint holds, and how it is written and read.
+
+    model.safetensors   weights and buffers
+    optimizer.pt        AdamW's state, read with weights_only=True
+    state.json          everything else (`TrainState`, the run's configuration, classes, architecture, data hashes)
+
+It knows nothing of ranks: any world size can go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+
+from ray_det.config import TrainJobConfig
+from ray_det.models.build import build_detector
+from ray_det.models.detector import Detector
+from ray_det.types import ClassList, UserError
+
+FORMAT = 1
+Phase = Literal["train", "validate", "test"]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. With the seed and the plan, this is the whole state of the data too."""
+
+    phase: Phase = "train"
+    epoch: int = 0
+    step: int = 0  # steps of this epoch that are done
+    global_step: int = 0  # optimizer steps that are done
+    skipped_steps: int = 0  # of them, those left out for a loss or gradient that was not finite
+    nonfinite_in_row: int = 0
+    loss_sum: float = 0.0  # over the finite steps of this epoch
+    loss_count: int = 0
+    best_ap: float | None = None
+    best_step: int | None = None
+    log_lines: int = 0  # lines of metrics.jsonl
+    padded_pixels: int = 0  # of all pixels trained on so far
+    all_pixels: int = 0
+
+    def next_epoch(self) -> TrainState:
+        return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What stays the same for all of a run and goes into each of its checkpoints."""
+
+    config: dict[str, Any]
+    classes: ClassList
+    data_hashes: dict[str, str]
+    run_id: str
+
+
+def save_checkpoint(
+    folder: Path, detector: Detector, optimizer: torch.optim.Optimizer | None, state: TrainState, facts: RunFacts
+) -> None:
+    """Write a checkpoint into an empty folder; without an optimizer it can be evaluated but not trained on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(detector, str(folder / "model.safetensors"))
+    if optimizer is not None:
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    content = {
+        "format": FORMAT,
+        "state": asdict(state),
+        "config": facts.config,
+        "classes": facts.classes.to_json(),
+        "architecture": detector.architecture,
+        "data_hashes": facts.data_hashes,
+        "run_id": facts.run_id,
+    }
+    (folder / "state.json").write_text(json.dumps(content, indent=1))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose state.json was read and understood."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Raises UserError: there is no checkpoint, or a broken one."""
+        path = folder / "state.json"
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != FORMAT:
+                raise UserError(f"checkpoint {folder} has format {content['format']}, this version reads {FORMAT}")
+            opened = cls(folder, content)
+            _ = opened.state, opened.config, opened.classes, content["architecture"], content["run_id"]
+        except FileNotFoundError:
+            raise UserError(f"no checkpoint at {folder}: state.json is missing") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"broken checkpoint: {path}: {error!r}") from None
+        return opened
+
+    @property
+    def state(self) -> TrainState:
+        return TrainState(**self.content["state"])
+
+    @property
+    def config(self) -> TrainJobConfig:
+        return TrainJobConfig.model_validate(self.content["config"])
+
+    @property
+    def classes(self) -> ClassList:
+        return ClassList.from_json(self.content["classes"])
+
+    def load_model(self, detector: Detector) -> None:
+        path = self.folder / "model.safetensors"
+        try:
+            load_model(detector, str(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"broken checkpoint: {path}: {str(error).splitlines()[0]}") from None
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        path = self.folder / "optimizer.pt"
+        try:
+            optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        except Exception as error:  # torch raises many kinds for a broken or hostile file
+            raise UserError(f"broken checkpoint: {path}: {str(error).splitlines()[0]}") from None
+
+    def build(self, device: torch.device) -> Detector:
+        """The detector with its weights; needs neither hub nor network."""
+        config = self.config
+        detector, _ = build_detector(
+            config.model, self.classes, padding=config.data.padding, architecture=self.content["architecture"]
+        )
+        self.load_model(detector)
+        return detector.to(device).eval()
