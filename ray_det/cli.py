@@ -91,7 +91,7 @@ def parse(
 
 def to_yaml(config: BaseModel) -> str:
     """The whole configuration; `--config` and `from_yaml` read the same object back."""
-    return yaml12.write(config.model_dump(mode="json"))
+    return yaml12.write(config.model_dump())
 
 
 def from_yaml(config_class: type[Config], text: str, *, source: str = "config.yaml") -> Config:

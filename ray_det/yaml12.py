@@ -6,6 +6,7 @@ PyYAML speaks 1.1, where 5e-5 is text, 010 is eight, `no` is false, 1:30 is nine
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -58,6 +59,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # In single quotes PyYAML writes breaks such as U+0085 as they are and reads them back as spaces.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: _text(dumper, str(path)))
 _NUMBER_STARTS = list("-+.0123456789")
 for _tag, _pattern, _starts in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
