@@ -1,0 +1,219 @@
+"""The manifest: one row per image, one Parquet file per data set, everything that training and evaluation need to know.
+
+Boxes are xywh float64 exactly as the JSON has them. Which of them may be trained on is said beside them, so that
+evaluation still sees the data set as it was annotated.
+
+Shape legend: R rows, M annotations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ray_det.data import files
+from ray_det.data.checks import Checked
+from ray_det.types import ClassList, UserError
+
+FORMAT = 1
+"""Version of columns and metadata; a cached manifest of another version is made anew."""
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),  # `file_name` of the JSON
+        ("height", pa.int32()),  # stored pixels where readable, else as declared
+        ("width", pa.int32()),
+        ("readable", pa.bool_()),  # the file is there and its header opens
+        ("trainable", pa.bool_()),  # may be a training image
+        ("problem", pa.string()),  # why it may not
+        ("orientation", pa.int8()),  # EXIF, 1 where there is none; never applied
+        ("annotation_ids", pa.list_(pa.int64())),  # this and the lists below: one entry per annotation
+        ("boxes", pa.list_(pa.list_(pa.float64(), 4))),  # xywh in pixels, as given
+        ("labels", pa.list_(pa.int32())),  # contiguous
+        ("area", pa.list_(pa.float64())),  # square pixels
+        ("iscrowd", pa.list_(pa.int8())),
+        ("box_ok", pa.list_(pa.bool_())),  # usable as a training target, if its image is trainable
+        ("positions", pa.list_(pa.int64())),  # index among the JSON's annotations
+    ]
+)
+_METADATA_KEY = b"ray_det.manifest"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    table: pa.Table
+    classes: ClassList
+    root: str  # of the uris: an absolute local path or a URI
+    source: str  # the JSON it was made of
+    hash: str  # hex, of rows and classes: a data set that moves keeps it
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def uri(self, row: int) -> str:
+        return files.join(self.root, self.table["uri"][row].as_py())
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Images, boxes (crowds and defects too), and what of both training sees."""
+        trainable = self.table.filter(self.table["trainable"])
+        return {
+            "images": len(self),
+            "boxes": len(_flat(self.table, "box_ok")),
+            "trainable_images": trainable.num_rows,
+            "trainable_boxes": _flat(trainable, "box_ok").true_count,
+        }
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The data set as COCO's own tools want it: they give the same numbers on this and on the JSON.
+
+        Defects, crowds and images that cannot be read are part of it. Gone are annotations of unknown images or
+        categories, which those tools ignore too.
+        """
+        lengths = pc.fill_null(pc.list_value_length(self.table["annotation_ids"]), 0).to_numpy()
+        category_ids = np.array(self.classes.category_ids)[_flat(self.table, "labels").to_numpy()]
+        columns = {
+            "id": _flat(self.table, "annotation_ids").to_pylist(),
+            "image_id": np.repeat(self.table["image_id"].to_numpy(), lengths).tolist(),
+            "category_id": category_ids.tolist(),
+            "bbox": _flat(self.table, "boxes").to_pylist(),
+            "area": _flat(self.table, "area").to_pylist(),
+            "iscrowd": _flat(self.table, "iscrowd").to_pylist(),
+        }
+        annotations = [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
+        # In the order of the JSON: where an annotation id stands twice, pycocotools takes the last.
+        order = np.argsort(_flat(self.table, "positions").to_numpy(), kind="stable")
+        images = self.table.select(["image_id", "uri", "height", "width"])
+        return {
+            "images": images.rename_columns(["id", "file_name", "height", "width"]).to_pylist(),
+            "annotations": [annotations[i] for i in order],
+            "categories": self.classes.to_json(),
+        }
+
+
+def build(checked: Checked, root: str) -> Manifest:
+    """The manifest of a checked COCO file whose images lie under `root`."""
+    data, entries_R = checked.data, checked.entries_R
+    kept_M = np.flatnonzero((checked.rows_M >= 0) & (checked.labels_M >= 0))
+    kept_M = kept_M[np.argsort(checked.rows_M[kept_M], kind="stable")]
+    offsets = np.searchsorted(checked.rows_M[kept_M], np.arange(len(entries_R) + 1)).astype(np.int32)
+    flat_boxes = pa.FixedSizeListArray.from_arrays(pa.array(data.boxes_M4[kept_M].ravel()), 4)
+    per_box = {
+        "annotation_ids": data.annotation_ids_M[kept_M],
+        "boxes": flat_boxes,
+        "labels": checked.labels_M[kept_M],
+        "area": data.area_M[kept_M],
+        "iscrowd": data.crowd_M[kept_M].astype(np.int8),
+        "box_ok": checked.usable_M[kept_M],
+        "positions": kept_M,
+    }
+    per_image: dict[str, Any] = {
+        "image_id": data.image_ids_I[entries_R],
+        "uri": [data.file_names[i] for i in entries_R],
+        "height": checked.heights_I[entries_R],
+        "width": checked.widths_I[entries_R],
+        "readable": checked.readable_I[entries_R],
+        "trainable": checked.trainable_I[entries_R],
+        "problem": [_problem(checked, int(i)) for i in entries_R],
+        "orientation": [checked.headers[i].orientation for i in entries_R],
+    }
+    columns = [
+        pa.array(per_image[f.name], f.type) if f.name in per_image else _lists(offsets, per_box[f.name], f.type)
+        for f in SCHEMA
+    ]
+    table = pa.table(columns, schema=SCHEMA)
+    return Manifest(table, data.classes, root, data.source, content_hash(table, data.classes))
+
+
+def content_hash(table: pa.Table, classes: ClassList) -> str:
+    """sha256 of classes and rows; `problem` is left out, it is prose."""
+    digest = hashlib.sha256(json.dumps([FORMAT, classes.to_json()]).encode())
+    for name in table.column_names:
+        if name != "problem":
+            digest.update(f"{name}\0".encode())
+            _update(digest, table[name].combine_chunks())
+    return digest.hexdigest()
+
+
+def write_manifest(manifest: Manifest, path: str | Path) -> None:
+    """Write a Parquet file in one move: nobody sees half of it."""
+    path = Path(path)
+    about = {
+        "format": FORMAT,
+        "classes": manifest.classes.to_json(),
+        "counts": manifest.counts,
+        "root": manifest.root,
+        "source": manifest.source,
+        "hash": manifest.hash,
+    }
+    table = manifest.table.replace_schema_metadata({_METADATA_KEY: json.dumps(about)})
+    with files.replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Raises:
+    UserError: there is no such file, or it is no manifest, a broken one, or one of another version.
+    """
+    content = files.read_bytes(str(path))
+    try:
+        table = pq.ParquetFile(pa.BufferReader(content)).read()
+        about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+        if about["format"] != FORMAT:
+            raise UserError(f"{path} is a manifest of version {about['format']}, not {FORMAT}: prepare it again")
+        table = table.replace_schema_metadata(None)
+        classes = ClassList.from_json(about["classes"])
+        intact = table.schema.equals(SCHEMA) and content_hash(table, classes) == about["hash"]
+    except (OSError, ValueError, KeyError) as error:
+        what = "is not a manifest" if isinstance(error, KeyError) else f"cannot be read as a manifest ({error})"
+        raise UserError(f"{path} {what}: " + "write one with jobs/prepare.py") from error
+    if not intact:
+        raise UserError(f"{path} is a damaged manifest: its content does not fit its hash")
+    return Manifest(table, classes, about["root"], about["source"], about["hash"])
+
+
+def _flat(table: pa.Table, name: str) -> pa.Array:
+    """The values of a list column, one after the other."""
+    return table[name].combine_chunks().flatten()
+
+
+def _lists(offsets: np.ndarray, values: np.ndarray | pa.Array, kind: pa.DataType) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind)
+
+
+def _problem(checked: Checked, entry: int) -> str | None:
+    if checked.trainable_I[entry]:
+        return None
+    if not checked.readable_I[entry]:
+        return checked.headers[entry].problem
+    for kind, text in (
+        ("size_turned", "size is declared as EXIF turns it"),
+        ("size_mismatch", "size is not as declared"),
+    ):
+        if checked.image_marks[kind][entry]:
+            return text
+    return "several files share this image id"
+
+
+def _update(digest: Any, array: pa.Array) -> None:
+    """Feed lengths and values, whatever the nesting and the offsets of the buffers."""
+    if pa.types.is_list(array.type):
+        _update(digest, pc.list_value_length(array))
+        array = array.flatten()
+    if pa.types.is_fixed_size_list(array.type):
+        array = array.flatten()
+    if pa.types.is_string(array.type):
+        _update(digest, pc.binary_length(array))
+        digest.update("".join(array.to_pylist()).encode())
+    else:
+        digest.update(array.to_numpy(zero_copy_only=False).tobytes())

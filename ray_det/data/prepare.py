@@ -1,0 +1,134 @@
+"""From a COCO JSON to a manifest: preflight, build, cache by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+from dataclasses import replace
+from pathlib import Path
+
+from ray_det.data import coco, files, manifest
+from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
+from ray_det.data.manifest import Manifest, read_manifest, write_manifest
+from ray_det.data.preflight import KINDS, PreflightReport, inspect
+from ray_det.types import UserError
+
+_LOOKED_FOR = 100
+"""Images that are looked for under a candidate root: the first ones may be the missing ones."""
+_FORMAT = f"prepare 1, manifest {manifest.FORMAT}"
+
+
+def prepare(
+    source: str,
+    images: str | None,
+    cache: Path,
+    *,
+    strict: bool = False,
+    map_chunks: MapChunks = map_in_threads,
+) -> tuple[Manifest, PreflightReport | None]:
+    """The manifest of a COCO JSON, from the cache where JSON and images are what they were, or of a manifest file.
+
+    Args:
+        source: a COCO JSON or a manifest (.parquet).
+        images: the root of `file_name`; None looks for it beside the JSON.
+        cache: folder of prepared manifests.
+        strict: refuse a data set with any error.
+
+    Returns:
+        The manifest, and the preflight's report where the source is a JSON.
+
+    Raises:
+        UserError: no such file, a broken one, a data set without images, no image found, or refused by `strict`.
+    """
+    if source.endswith(".parquet"):
+        return read_manifest(source), None
+    content = files.read_bytes(source)
+    data = coco.parse(content, source)
+    root = find_root(data, images)
+    stem = cache / _cache_key(content, data, root)
+    made = _cached(stem, source)
+    if made is None:
+        checked, report = inspect(data, root, map_chunks)
+        made = manifest.build(checked, root), report
+        write_report(report, stem.with_suffix(".preflight.json"))
+        write_manifest(made[0], stem.with_suffix(".parquet"))  # last: its presence says that both are there
+    if strict:
+        refuse_errors(made[1])
+    return made
+
+
+def write_report(report: PreflightReport, path: Path) -> None:
+    with files.replacing(path) as temporary:
+        temporary.write_text(json.dumps(report.to_json(), indent=1))
+
+
+def refuse_errors(report: PreflightReport) -> None:
+    """Raises:
+    UserError: the preflight found an error.
+    """
+    kinds = [kind for kind in report.findings if KINDS[kind][0] == "error"]
+    if kinds:
+        raise UserError(
+            f"{report.source} is refused by --strict: {report.errors} errors ({', '.join(kinds)}), "
+            f"for example {report.findings[kinds[0]][0]}"
+        )
+
+
+def find_root(data: coco.CocoData, images: str | None) -> str:
+    """The root of `file_name`: `images`, or the first usual place beside the JSON that holds one of the first images.
+
+    Raises:
+        UserError: none of them does.
+    """
+    if images is not None:
+        return files.absolute(images)
+    candidates = _usual_roots(files.absolute(data.source))
+    for name in data.file_names[:_LOOKED_FOR]:
+        if leaves_root(name):
+            return candidates[0]  # the preflight refuses it, and says why
+        for root in candidates:
+            if files.is_file(files.join(root, name)):
+                return root
+    raise UserError(
+        f"none of the images of {data.source} (for example {data.file_names[0]}) is under any of "
+        f"{', '.join(candidates)}; say where they are with --data.images"
+    )
+
+
+def _usual_roots(source: str) -> list[str]:
+    folder, stem = files.parent(source), posixpath.basename(source).removesuffix(".json")
+    # COCO's own layout: annotations/instances_val2017.json beside val2017/
+    official = f"{files.parent(folder)}/{stem.rsplit('_', 1)[-1]}"
+    return [f"{folder}/images", folder, official, f"{folder}/{stem}"]
+
+
+def _cache_key(content: bytes, data: coco.CocoData, root: str) -> str:
+    """Changes with the JSON, the root, and any image that changes, comes or goes."""
+    digest = hashlib.sha256(f"{_FORMAT}\0{root}\0".encode() + hashlib.sha256(content).digest())
+    safe = [name for name in data.file_names if not leaves_root(name)]
+    for name, stat in zip(safe, files.stats(root, safe), strict=True):
+        digest.update(f"{name}\0{stat and tuple(stat)}\0".encode())
+    return digest.hexdigest()[:32]
+
+
+def _cached(stem: Path, source: str) -> tuple[Manifest, PreflightReport] | None:
+    """What an earlier run left, under the name that the source has now; None where it is not there or not whole."""
+    try:
+        found = read_manifest(stem.with_suffix(".parquet"))
+        report = PreflightReport.from_json(json.loads(stem.with_suffix(".preflight.json").read_text()))
+    except (UserError, OSError, ValueError, TypeError, KeyError):
+        return None
+    return replace(found, source=source), replace(report, source=source)
+
+
+def same_classes(train: Manifest, other: Manifest) -> None:
+    """Raises:
+    UserError: the splits do not have the same categories; the message shows where they differ.
+    """
+    a, b = (dict(zip(m.classes.category_ids, m.classes.names, strict=True)) for m in (train, other))
+    different = [i for i in sorted(a.keys() | b.keys()) if a.get(i) != b.get(i)]
+    if different:
+        shown = ", ".join(f"id {i}: {a.get(i, 'none')} / {b.get(i, 'none')}" for i in different[:5])
+        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+        raise UserError(f"categories differ between {train.source} and {other.source} ({shown}{more})")
