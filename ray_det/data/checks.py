@@ -134,7 +134,7 @@ def _image_marks(
 
 
 def _box_marks(data: CocoData, sizes_M2: np.ndarray) -> dict[str, np.ndarray]:
-    finite_M = np.isfinite(data.boxes_M4).all(axis=1)
+    finite_M = np.all(np.isfinite(data.boxes_M4), axis=1)
     with np.errstate(over="ignore"):
         corners_M4 = boxes.xywh_to_xyxy(np.where(finite_M[:, None], data.boxes_M4, 0))
     inside_M4 = np.clip(corners_M4, 0, np.tile(sizes_M2[:, ::-1], 2).astype(np.float64))
@@ -142,7 +142,7 @@ def _box_marks(data: CocoData, sizes_M2: np.ndarray) -> dict[str, np.ndarray]:
     # Boxes become float32 in the loader: what has no width there has none.
     vanishing_M = left_M & ~_positive(inside_M4.astype(np.float32))
     off_M = np.abs(inside_M4 - corners_M4).max(axis=1, initial=0) > TOLERANCE
-    known_M = (sizes_M2 > 0).all(axis=1)
+    known_M = np.all(sizes_M2 > 0, axis=1)
     return {
         "non_finite_box": ~finite_M,
         "non_finite_area": finite_M & ~np.isfinite(data.area_M),
@@ -157,4 +157,4 @@ def _box_marks(data: CocoData, sizes_M2: np.ndarray) -> dict[str, np.ndarray]:
 
 def _positive(corners_N4: np.ndarray) -> np.ndarray:
     """bool (N,): width and height of an xyxy box are above 0."""
-    return (corners_N4[:, 2:] > corners_N4[:, :2]).all(axis=1)
+    return np.all(corners_N4[:, 2:] > corners_N4[:, :2], axis=1)

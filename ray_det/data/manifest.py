@@ -80,7 +80,7 @@ class Manifest:
         Defects, crowds and images that cannot be read are part of it. Gone are annotations of unknown images or
         categories, which those tools ignore too.
         """
-        lengths = pc.fill_null(pc.list_value_length(self.table["annotation_ids"]), 0).to_numpy()
+        lengths = _lengths(self.table["annotation_ids"].combine_chunks()).to_numpy()
         category_ids = np.array(self.classes.category_ids)[_flat(self.table, "labels").to_numpy()]
         columns = {
             "id": _flat(self.table, "annotation_ids").to_pylist(),
@@ -187,6 +187,12 @@ def _flat(table: pa.Table, name: str) -> pa.Array:
     return table[name].combine_chunks().flatten()
 
 
+def _lengths(array: pa.Array) -> pa.Array:
+    """Length of every list, or bytes of every string."""
+    name = "binary_length" if pa.types.is_string(array.type) else "list_value_length"
+    return pc.call_function(name, [array])
+
+
 def _lists(offsets: np.ndarray, values: np.ndarray | pa.Array, kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind)
 
@@ -208,12 +214,12 @@ def _problem(checked: Checked, entry: int) -> str | None:
 def _update(digest: Any, array: pa.Array) -> None:
     """Feed lengths and values, whatever the nesting and the offsets of the buffers."""
     if pa.types.is_list(array.type):
-        _update(digest, pc.list_value_length(array))
+        _update(digest, _lengths(array))
         array = array.flatten()
     if pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
     if pa.types.is_string(array.type):
-        _update(digest, pc.binary_length(array))
+        _update(digest, _lengths(array))
         digest.update("".join(array.to_pylist()).encode())
     else:
         digest.update(array.to_numpy(zero_copy_only=False).tobytes())
