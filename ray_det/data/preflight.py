@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "image_without_boxes": ("info", "image without boxes; kept"),
     "crowd": ("info", "crowd; kept for evaluation, not trained on"),
 }
+WHERE = "say where they are with --data.images (--images of jobs/prepare.py)"
 MAX_LISTED = 1000
 """Findings of one kind that are listed one by one; all are counted."""
 _SHOWN = 3
@@ -128,7 +129,7 @@ def inspect(data: CocoData, root: str, map_chunks: MapChunks = map_in_threads) -
     if all(header.state == "missing" for header in headers):
         raise UserError(
             f"none of the {len(headers)} images of {data.source} is under {root} "
-            f"(for example {data.file_names[0]}); say where they are with --data.images"
+            f"(for example {data.file_names[0]}); {WHERE}"
         )
     checked = check(data, headers)
     return checked, _report(checked, root)

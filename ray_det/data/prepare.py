@@ -11,7 +11,7 @@ from pathlib import Path
 from ray_det.data import coco, files, manifest
 from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
-from ray_det.data.preflight import KINDS, PreflightReport, inspect
+from ray_det.data.preflight import KINDS, WHERE, PreflightReport, inspect
 from ray_det.types import UserError
 
 _LOOKED_FOR = 100
@@ -46,16 +46,31 @@ def prepare(
     content = files.read_bytes(source)
     data = coco.parse(content, source)
     root = find_root(data, images)
-    stem = cache / _cache_key(content, data, root)
-    made = _cached(stem, source)
+    key = _cache_key(content, data, root)
+    table_path, report_path = cache / f"{key}.parquet", cache / f"{key}.preflight.json"
+    made = _cached(table_path, report_path, source)
     if made is None:
-        checked, report = inspect(data, root, map_chunks)
-        made = manifest.build(checked, root), report
-        write_report(report, stem.with_suffix(".preflight.json"))
-        write_manifest(made[0], stem.with_suffix(".parquet"))  # last: its presence says that both are there
+        made = _make(data, root, map_chunks)
+        write_report(made[1], report_path)
+        write_manifest(made[0], table_path)  # last: its presence says that both are there
     if strict:
-        refuse_errors(made[1])
+        refuse_errors(made[1], report_path)
     return made
+
+
+def make(source: str, images: str | None, map_chunks: MapChunks = map_in_threads) -> tuple[Manifest, PreflightReport]:
+    """Manifest and report of a COCO JSON, without a cache.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    data = coco.parse(files.read_bytes(source), source)
+    return _make(data, find_root(data, images), map_chunks)
+
+
+def _make(data: coco.CocoData, root: str, map_chunks: MapChunks) -> tuple[Manifest, PreflightReport]:
+    checked, report = inspect(data, root, map_chunks)
+    return manifest.build(checked, root), report
 
 
 def write_report(report: PreflightReport, path: Path) -> None:
@@ -63,15 +78,15 @@ def write_report(report: PreflightReport, path: Path) -> None:
         temporary.write_text(json.dumps(report.to_json(), indent=1))
 
 
-def refuse_errors(report: PreflightReport) -> None:
+def refuse_errors(report: PreflightReport, listed: Path) -> None:
     """Raises:
-    UserError: the preflight found an error.
+    UserError: the preflight found an error; `listed` is the file that lists them all.
     """
     kinds = [kind for kind in report.findings if KINDS[kind][0] == "error"]
     if kinds:
         raise UserError(
-            f"{report.source} is refused by --strict: {report.errors} errors ({', '.join(kinds)}), "
-            f"for example {report.findings[kinds[0]][0]}"
+            f"{report.source} is refused as strict: {report.errors} errors ({', '.join(kinds)}), "
+            f"for example {report.findings[kinds[0]][0]}; all are listed in {listed}"
         )
 
 
@@ -92,7 +107,7 @@ def find_root(data: coco.CocoData, images: str | None) -> str:
                 return root
     raise UserError(
         f"none of the images of {data.source} (for example {data.file_names[0]}) is under any of "
-        f"{', '.join(candidates)}; say where they are with --data.images"
+        f"{', '.join(candidates)}; {WHERE}"
     )
 
 
@@ -112,11 +127,11 @@ def _cache_key(content: bytes, data: coco.CocoData, root: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _cached(stem: Path, source: str) -> tuple[Manifest, PreflightReport] | None:
+def _cached(table_path: Path, report_path: Path, source: str) -> tuple[Manifest, PreflightReport] | None:
     """What an earlier run left, under the name that the source has now; None where it is not there or not whole."""
     try:
-        found = read_manifest(stem.with_suffix(".parquet"))
-        report = PreflightReport.from_json(json.loads(stem.with_suffix(".preflight.json").read_text()))
+        found = read_manifest(table_path)
+        report = PreflightReport.from_json(json.loads(report_path.read_text()))
     except (UserError, OSError, ValueError, TypeError, KeyError):
         return None
     return replace(found, source=source), replace(report, source=source)
