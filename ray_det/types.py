@@ -17,6 +17,10 @@ class UserError(Exception):
     """Something the user can put right. Jobs print it as one line and exit with status 2."""
 
 
+class TrainingError(Exception):
+    """A run that cannot go on, and would fail again in the same way. Jobs print it as one line and exit with 1."""
+
+
 @dataclass(frozen=True)
 class ClassList:
     """The classes of a dataset. `label` is the contiguous index 0..C-1, `category_id` is COCO's id.

@@ -42,8 +42,7 @@ class TrainState:
     best_ap: float | None = None
     best_step: int | None = None
     log_lines: int = 0  # lines of metrics.jsonl
-    padded_pixels: int = 0  # of all pixels trained on so far
-    all_pixels: int = 0
+    padded_sum: float = 0.0  # padded shares of all steps so far
 
     def next_epoch(self) -> TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)

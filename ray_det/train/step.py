@@ -27,6 +27,7 @@ class StepResult:
     loss: float  # mean over the global batch
     components: dict[str, float]  # of the loss, weighted
     grad_norm: float  # before clipping
+    padded_share: float  # of the global batch's pixels
     applied: bool  # False: loss or gradient was not finite, and the weights were left alone
 
 
@@ -75,7 +76,8 @@ def train_step(
             total += torch.stack([losses[name].detach().float() for name in names]) / len(micro_batches)
         params = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        values = _reduce(total, norm)
+        padded = sum(map(_padded_share, micro_batches)) / len(micro_batches)
+        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), total.new_tensor([padded])]))
         applied = bool(np.isfinite(values).all())
         if applied:
             if clip_norm:
@@ -83,16 +85,29 @@ def train_step(
             optimizer.step()
         else:
             restore_batch_norm()
-    return StepResult(values[0], dict(zip(names[1:], values[1:-1], strict=True)), values[-1], applied)
+    components = dict(zip(names[1:], values[1:-2], strict=True))
+    return StepResult(values[0], components, grad_norm=values[-2], padded_share=values[-1], applied=applied)
 
 
-def _reduce(total: Tensor, norm: Tensor) -> list[float]:
-    """Losses averaged over ranks, then the norm; one collective and one transfer to the host."""
-    vector = torch.cat([total, norm.reshape(1)]).double()
+def _mean_over_ranks(values: Tensor) -> list[float]:
+    """One collective and one transfer to the host for all that a step has to tell. The norm is equal everywhere."""
+    vector = values.double()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(vector)
         vector /= dist.get_world_size()
     return vector.tolist()
+
+
+def _padded_share(micro: MicroBatch) -> float:
+    images, height, width = micro.pixels_BHW3.shape[:3]
+    return 1 - float(micro.sizes_B2.prod(axis=1, dtype=np.int64).sum()) / (images * height * width)
+
+
+def sync_buffers(detector: Detector) -> None:
+    """Give every rank rank 0's batch norm statistics, so that all evaluate the model that a checkpoint holds."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in detector.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def step_seed(seed: int, global_step: int, index: int) -> int:

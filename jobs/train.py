@@ -1,0 +1,34 @@
+"""Train a detector: `python jobs/train.py [--recipe NAME | --config FILE] [--section.field VALUE …]`.
+
+Without data it trains on an embedded data set (recipe `quickstart`); with `--data.train` it fine-tunes.
+"""
+
+import sys
+import time
+
+STARTED_AT = time.time()
+
+from ray_det import cli  # noqa: E402  the clock starts before the imports
+from ray_det.config import TrainJobConfig  # noqa: E402
+
+
+def main() -> None:
+    config, recipe = cli.parse(
+        TrainJobConfig,
+        sys.argv[1:],
+        description=__doc__ or "",
+        recipes=True,
+        default_recipe=lambda given: "finetune" if given.get("data.train") else "quickstart",
+    )
+    if recipe:
+        print(f"recipe {recipe}", flush=True)
+    from ray_det.report.progress import results_table
+
+    from ray_det.train.launch import train
+
+    summary = train(config, started_at=STARTED_AT)
+    print(results_table(summary))
+
+
+if __name__ == "__main__":
+    cli.main(main)

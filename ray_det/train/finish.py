@@ -1,0 +1,70 @@
+"""The end of a run: the test split with the best weights, summary.json, report.html."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ray_det.report.metrics_file import read_records
+from ray_det.report.page import write_page
+from ray_det.train.checkpoint import Checkpoint
+from ray_det.train.evaluation import evaluate_split
+from ray_det.train.session import BEST, Session
+
+
+def finish(session: Session) -> None:
+    """Test with the best weights, then write what is read after a run; all ranks call it."""
+    with TemporaryDirectory() as temporary:
+        best = _best(session, Path(temporary))
+    test: dict[str, float] = {}
+    if "test" in session.job.manifests:
+        session.runtime.notify({"phase": "testing"})
+        test = {f"test/{k}": v for k, v in evaluate_split(session, "test").items()}
+        if session.tracker:
+            session.tracker.log_test(session.state.global_step, test)
+    if session.runtime.is_main:
+        summary = _summary(session, best) | test
+        (session.runtime.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_page(session.runtime.folder)
+
+
+def _best(session: Session, temporary: Path) -> Checkpoint:
+    """Load the best weights into the session's detector."""
+    local = (session.job.run / BEST).local
+    if local is None:
+        session.job.run.download(temporary / BEST, BEST)
+    best = Checkpoint.open(local or temporary / BEST)
+    best.load_model(session.detector)
+    return best
+
+
+def _summary(session: Session, best: Checkpoint) -> dict[str, Any]:
+    """The final numbers: val of the best epoch, and what all of the run took, over its restarts."""
+    state, job, first_step_at = session.state, session.job, session.clock.first_step_at
+    records = read_records(session.runtime.folder / "metrics.jsonl")
+    epochs = [r for r in records if "train/epoch_avg_loss" in r and r["global_step"] == best.state.global_step]
+    val = {k: v for k, v in epochs[-1].items() if k.startswith("val/")} if epochs else {}
+    return val | {
+        "finished": True,
+        "epochs": job.config.train.epochs,
+        "best_step": best.state.global_step,
+        "global_step": state.global_step,
+        "skipped_steps": state.skipped_steps,
+        **_speed(records, job.config.train.global_batch_size),
+        "padded_share": state.padded_sum / max(state.global_step, 1),
+        "time_to_first_step_s": first_step_at - job.started_at if first_step_at else None,
+        "wall_s": time.time() - job.started_at,
+    }
+
+
+def _speed(records: list[dict[str, Any]], batch: int) -> dict[str, float | None]:
+    """Images per second and share of time spent waiting for data, over all steps but the first."""
+    steps = [r for r in records if "train/batch_loss" in r][1:]
+    seconds = [batch / r["train/images_per_s"] for r in steps]
+    waited = [r["train/data_wait_share"] * s for r, s in zip(steps, seconds, strict=True)]
+    if not steps:
+        return {"images_per_s": None, "data_wait_share": None}
+    return {"images_per_s": batch * len(steps) / sum(seconds), "data_wait_share": sum(waited) / sum(seconds)}

@@ -1,0 +1,174 @@
+"""What one rank holds while it trains, and the world around it as plain functions.
+
+The loop knows Ray only through `Runtime`: `launch` fills it for Ray's train workers, plain processes can fill it too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ray_det.config import TrainJobConfig, micro_batches
+from ray_det.data.collate import LoadSpec, Shard
+from ray_det.data.manifest import Manifest
+from ray_det.data.plan import EpochPlan, plan_epoch
+from ray_det.models.build import build_detector
+from ray_det.models.detector import Detector
+from ray_det.report.tracker import Tracker
+from ray_det.storage import Folder
+from ray_det.train.checkpoint import Checkpoint, RunFacts, TrainState, save_checkpoint
+from ray_det.train.optim import build_optimizer
+from ray_det.train.step import make_deterministic, use_bf16, wrap_ddp
+from ray_det.types import MicroBatch
+
+BEST = "best"
+"""Folder of a run that holds the checkpoint with the best val/AP, without optimizer state."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as it was asked for."""
+
+    config: TrainJobConfig
+    manifests: dict[str, Manifest]  # by split: train, and val and test where given
+    run_id: str
+    run: Folder
+    started_at: float = field(default_factory=time.time)  # seconds since 1970, when the driver started
+
+    @property
+    def facts(self) -> RunFacts:
+        hashes = {split: manifest.hash for split, manifest in self.manifests.items()}
+        return RunFacts(self.config.model_dump(mode="json"), self.manifests["train"].classes, hashes, self.run_id)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the loop needs of the world around it."""
+
+    rank: int
+    world: int
+    device: torch.device
+    group: dist.ProcessGroup | None  # moves host objects (gloo); None: one process
+    threads: int
+    stream: Callable[[Shard], Iterator[MicroBatch]]  # loads a shard's micro-batches, in order
+    commit: Callable[[Path | None, str, TrainState], None]
+    """Keep rank 0's staged checkpoint (None elsewhere) under a name; all ranks call it."""
+    notify: Callable[[dict[str, Any]], None]  # progress, for whoever watches
+    folder: Path  # local; on rank 0 it holds metrics.jsonl, the report and staged checkpoints
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass
+class Clock:
+    """Where the time of this start went."""
+
+    train_s: float = 0.0
+    wait_s: float = 0.0  # of train_s, for data
+    images: int = 0
+    first_step_at: float | None = None  # seconds since 1970
+
+
+@dataclass
+class Session:
+    """The moving parts of one rank."""
+
+    job: Job
+    runtime: Runtime
+    detector: Detector
+    model: nn.Module  # the detector, in DDP where there are several ranks
+    optimizer: torch.optim.Optimizer
+    bf16: bool
+    state: TrainState
+    tracker: Tracker | None  # rank 0's
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def config(self) -> TrainJobConfig:
+        return self.job.config
+
+    def plan(self, epoch: int) -> EpochPlan:
+        table = self.job.manifests["train"].table
+        number, size = micro_batches(self.config.train, self.runtime.world)
+        return plan_epoch(
+            table["height"].to_numpy(),
+            table["width"].to_numpy(),
+            np.flatnonzero(table["trainable"].to_numpy()),
+            self.config.data,
+            micro_batches=number,
+            micro_batch_size=size,
+            divisor=self.detector.size_divisor,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+
+    def load_spec(self, *, training: bool) -> LoadSpec:
+        data = self.config.data
+        return LoadSpec(data.resize, data.padding, self.config.seed, self.config.augment if training else None)
+
+    def save(self, **changes: Any) -> None:
+        """Change the state and keep a checkpoint of it; all ranks call it."""
+        lines = self.tracker.lines if self.tracker else 0
+        self.state = replace(self.state, **changes, log_lines=lines)
+        name = f"checkpoint_{self.state.global_step:08d}_{self.state.phase}"
+        folder = self.runtime.folder / "staging" / name if self.runtime.is_main else None
+        if folder:
+            save_checkpoint(folder, self.detector, self.optimizer, self.state, self.job.facts)
+        self.runtime.commit(folder, name, self.state)
+
+    def save_best(self) -> None:
+        """Put the weights of now in the run folder's `best`; rank 0 does it, all ranks call it."""
+        if self.runtime.is_main:
+            staged = self.runtime.folder / "staging" / BEST
+            save_checkpoint(staged, self.detector, None, self.state, self.job.facts)
+            self.job.run.upload(staged, BEST)
+
+    def note_nonfinite(self, record: dict[str, Any]) -> None:
+        """Append to the run folder's list of skipped steps."""
+        if self.runtime.is_main:
+            with open(self.runtime.folder / "nonfinite.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Session:
+    """Build model, optimizer and tracker, as the checkpoint has them where there is one."""
+    config = job.config
+    deterministic = config.train.deterministic
+    make_deterministic(runtime.threads, runtime.device.type == "cpu" if deterministic is None else deterministic)
+    torch.manual_seed(config.seed)
+    detector, weights = build_detector(
+        config.model,
+        job.facts.classes,
+        padding=config.data.padding,
+        architecture=checkpoint.content["architecture"] if checkpoint else None,
+    )
+    if weights is not None and runtime.is_main:
+        runtime.notify({"message": weights.table()})
+    if checkpoint:
+        checkpoint.load_model(detector)
+    detector.to(runtime.device).train()
+    optimizer = build_optimizer(config.optim, detector)
+    if checkpoint:
+        checkpoint.load_optimizer(optimizer)
+    state = checkpoint.state if checkpoint else TrainState()
+    if state.phase == "test" and state.epoch < config.train.epochs:
+        state = replace(state, phase="train")  # more epochs were asked for
+    tracker = _open_tracker(job, runtime.folder, state.log_lines if checkpoint else None) if runtime.is_main else None
+    bf16 = use_bf16(config.train.precision, runtime.device)
+    return Session(job, runtime, detector, wrap_ddp(detector, runtime.device), optimizer, bf16, state, tracker)
+
+
+def _open_tracker(job: Job, folder: Path, keep_lines: int | None) -> Tracker:
+    config = job.config
+    return Tracker(folder, config.wandb, config.name, job.run_id, job.facts.config, keep_lines=keep_lines)

@@ -1,0 +1,128 @@
+"""From a configuration to a run that may begin: data prepared, compared with what the run folder holds. No Ray here."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray_det.cli import to_yaml
+from ray_det.config import DatasetConfig, TrainJobConfig, changed_keys, micro_batches
+from ray_det.data import embedded
+from ray_det.data.manifest import Manifest, write_manifest
+from ray_det.data.prepare import prepare, require_trainable, same_classes
+from ray_det.storage import Folder
+from ray_det.train.session import Job
+from ray_det.types import UserError
+
+MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps")
+"""What a run may be continued with differently: nothing here touches what is learned."""
+SPLITS = ("train", "val", "test")
+
+
+def cache_folder(storage: str) -> Path:
+    """Where prepared manifests and the embedded data set are kept, on the local disk."""
+    local = Folder.at(storage).local
+    return local / ".cache" if local else Path.home() / ".cache" / "ray_det"
+
+
+def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None]) -> Job:
+    """Prepare the data and the run folder, of a new run or of one that goes on.
+
+    Raises:
+        UserError: the data cannot be trained on, or the run folder holds a run of another configuration.
+    """
+    run = Folder.at(config.storage) / config.name
+    if config.overwrite:
+        run.delete()
+    config = config.model_copy(update={"data": with_embedded_data(config, say)})
+    manifests = _manifests(config, say)
+    known = run.read_json("run.json") if run.exists("run.json") else None
+    config = _resolved(config, known)
+    hashes = {split: manifest.hash for split, manifest in manifests.items()}
+    if known is not None and not config.allow_changes:
+        _refuse_changes(config, hashes, known, run)
+    run_id = known["run_id"] if known else secrets.token_hex(4)
+    facts = {"run_id": run_id, "data_hashes": hashes, "config": config.model_dump(mode="json")}
+    run.write_text("config.yaml", to_yaml(config))
+    run.write_text("run.json", json.dumps(facts, indent=1))
+    _keep_manifests(run, manifests, cache_folder(config.storage))
+    return Job(config, manifests, run_id, run, started_at)
+
+
+def finished_summary(job: Job) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    if not job.run.exists("summary.json"):
+        return None
+    summary = job.run.read_json("summary.json")
+    return summary if summary.get("epochs", 0) >= job.config.train.epochs else None
+
+
+def with_embedded_data(config: TrainJobConfig, say: Callable[[str], None]) -> DatasetConfig:
+    """The data section, on the embedded data set where none was named."""
+    data = config.data
+    if data.train is not None:
+        return data
+    if data.val or data.test:
+        raise UserError("--data.val and --data.test need --data.train")
+    folder = cache_folder(config.storage) / "embedded"
+    say(f"no --data.train: training on the embedded data set, drawn at {folder}")
+    paths = embedded.generate(folder, seed=0)
+    return data.model_copy(update={split: str(path) for split, path in paths.items()})
+
+
+def _manifests(config: TrainJobConfig, say: Callable[[str], None]) -> dict[str, Manifest]:
+    manifests: dict[str, Manifest] = {}
+    for split in SPLITS:
+        source = getattr(config.data, split)
+        if source is None:
+            continue
+        cache = cache_folder(config.storage) / "manifests"
+        manifest, report = prepare(source, config.data.images, cache, strict=config.data.strict)
+        if report is not None and report.findings:
+            say(f"{split}: {source}\n{report.table()}")
+        manifests[split] = manifest
+        if split == "train":
+            require_trainable(manifest)
+        else:
+            same_classes(manifests["train"], manifest)
+    return manifests
+
+
+def _resolved(config: TrainJobConfig, known: dict[str, Any] | None) -> TrainJobConfig:
+    """With the micro-batch size written out, from the run that goes on: it must outlive a change of workers."""
+    size = config.train.micro_batch_size
+    if size is None and known is not None:
+        size = known["config"]["train"]["micro_batch_size"]
+    update = {"micro_batch_size": size or micro_batches(config.train, config.workers.num)[1]}
+    config = config.model_copy(update={"train": config.train.model_copy(update=update)})
+    try:
+        micro_batches(config.train, config.workers.num)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return config
+
+
+def _refuse_changes(config: TrainJobConfig, hashes: dict[str, str], known: dict[str, Any], run: Folder) -> None:
+    new = config.model_dump(mode="json")
+    lines = [line for line in changed_keys(known["config"], new) if not line.startswith(MAY_CHANGE)]
+    if config.train.epochs > known["config"]["train"]["epochs"]:
+        lines = [line for line in lines if not line.startswith("train.epochs:")]
+    lines += [f"data of {line}" for line in changed_keys(known["data_hashes"], hashes)]
+    if lines:
+        raise UserError(
+            f"{run.uri} holds a run with another configuration ({'; '.join(lines)}): "
+            "choose another --name, or --overwrite it, or go on with --allow_changes"
+        )
+
+
+def _keep_manifests(run: Folder, manifests: dict[str, Manifest], cache: Path) -> None:
+    """In the run folder, where every node that sees the storage can read them."""
+    for split, manifest in manifests.items():
+        local = run.local / "data" if run.local else cache / "upload"
+        local.mkdir(parents=True, exist_ok=True)
+        write_manifest(manifest, local / f"{split}.parquet")
+        if not run.local:
+            run.upload(local / f"{split}.parquet", f"data/{split}.parquet")

@@ -1,0 +1,117 @@
+"""The function that Ray Train runs on every worker: makes a `Runtime` of Ray's context and calls the loop."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ray
+import ray.train
+import ray.train.torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+
+from ray_det.config import TrainJobConfig
+from ray_det.data.manifest import Manifest, read_manifest
+from ray_det.data.pipeline import stream
+from ray_det.storage import Folder
+from ray_det.train import loop
+from ray_det.train.checkpoint import Checkpoint, TrainState
+from ray_det.train.session import Job, Runtime
+from ray_det.train.start import SPLITS
+from ray_det.types import TrainingError, UserError
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What the driver sends to every worker."""
+
+    config: TrainJobConfig
+    run_id: str
+    run: Folder
+    started_at: float
+    threads: int
+    loader_cpus: float  # that one worker's loaders may use
+    board: ActorHandle
+
+
+def train_worker(config: dict[str, Payload]) -> None:
+    """One rank of a run, from its last checkpoint. Failures that a restart cannot mend go to the board."""
+    payload = config["payload"]
+    if ray.get(payload.board.failure.remote()):
+        return  # this is the restart after such a failure
+    try:
+        _train(payload)
+    except (UserError, TrainingError) as error:
+        cause = getattr(error, "cause", error)  # of a loader task's error that Ray wrapped
+        kind = "user" if isinstance(error, UserError) else "training"
+        ray.get(payload.board.fail.remote(kind, str(cause)))
+        raise
+
+
+def _train(payload: Payload) -> None:
+    context = ray.train.get_context()
+    rank, run = context.get_world_rank(), payload.run
+    with tempfile.TemporaryDirectory(prefix="ray_det_") as temporary:
+        folder = run.local or Path(temporary)
+        if rank == 0:
+            _fetch_log(run, folder)
+        runtime = Runtime(
+            rank,
+            context.get_world_size(),
+            ray.train.torch.get_device(),
+            _host_group(context.get_world_size()),
+            payload.threads,
+            partial(stream, loader_cpus=payload.loader_cpus),
+            partial(_commit, run=run, folder=folder),
+            payload.board.post.remote,
+            folder,
+        )
+        job = Job(payload.config, _read_manifests(run, Path(temporary)), payload.run_id, run, payload.started_at)
+        latest = ray.train.get_checkpoint()
+        if latest is None:
+            loop.run(job, runtime, None)
+        else:
+            with latest.as_directory() as path:
+                loop.run(job, runtime, Checkpoint.open(Path(path)))
+        if rank == 0 and not run.local:
+            shutil.rmtree(folder / "staging", ignore_errors=True)
+            run.upload(folder)
+
+
+def _host_group(world: int) -> dist.ProcessGroup | None:
+    """A group that moves host objects, whatever the backend of the gradients."""
+    return dist.new_group(backend="gloo") if world > 1 else None
+
+
+def _commit(staged: Path | None, name: str, state: TrainState, *, run: Folder, folder: Path) -> None:
+    """Report the checkpoint to Ray Train, which copies it to the run folder and keeps the last two."""
+    metrics = {"global_step": state.global_step, "epoch": state.epoch}
+    checkpoint = ray.train.Checkpoint.from_directory(str(staged)) if staged else None
+    ray.train.report(metrics, checkpoint, checkpoint_dir_name=name, delete_local_checkpoint_after_upload=True)
+    if staged and not run.local:
+        for log in ("metrics.jsonl", "nonfinite.jsonl"):
+            if (folder / log).exists():
+                run.upload(folder / log, log)
+
+
+def _fetch_log(run: Folder, folder: Path) -> None:
+    """Clear what a killed start left staged; bring the log of a remote run folder here."""
+    shutil.rmtree(folder / "staging", ignore_errors=True)
+    if not run.local and run.exists("metrics.jsonl"):
+        run.download(folder / "metrics.jsonl", "metrics.jsonl")
+
+
+def _read_manifests(run: Folder, temporary: Path) -> dict[str, Manifest]:
+    manifests = {}
+    for split in SPLITS:
+        name = f"data/{split}.parquet"
+        if not run.exists(name):
+            continue
+        if not run.local:
+            run.download(temporary / f"{split}.parquet", name)
+        manifests[split] = read_manifest((run.local / name) if run.local else temporary / f"{split}.parquet")
+    return manifests
