@@ -54,7 +54,7 @@ class Sent:
 
 def sent_before(wandb_folder: Path, run_id: str) -> Sent | None:
     """What earlier starts of the run left in local files; None where there are no such files."""
-    files = sorted(wandb_folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"))
+    files = sorted(wandb_folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb"))
     if not files:
         return None
     sent = Sent()

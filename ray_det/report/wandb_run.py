@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INIT_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = 300.0
 FLUSH_INTERVAL_S = 1.0
 EPOCH_METRICS = ("val/*", "test/*", "train/epoch_avg_loss", "learning_rate")
 WIDEST_PICTURE = 640  # pixels; wandb keeps every epoch's pictures
@@ -78,7 +79,7 @@ class WandbRun:
     def finish(self, exit_code: int) -> None:
         run, self._run = self._run, None
         if run is not None:
-            self._guard("finishing", lambda: run.finish(exit_code=exit_code))
+            self._guard("finishing", lambda: _finish(run, exit_code))
 
     def _log(self, row: Record, global_step: int) -> None:
         self._run.log(row, step=max(global_step, self._run.starting_step))
@@ -147,6 +148,7 @@ def _init(mode: Any, **start: Any) -> Any:
         silent=True,
         console="off",  # a worker's output is Ray's to handle
         init_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,  # a dead network must not hold the end of a run
         reinit="create_new",  # never somebody else's open run
         x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
     )
@@ -156,6 +158,13 @@ def _init(mode: Any, **start: Any) -> Any:
     except Exception:
         wandb.teardown()  # its service would keep the id as in use
         raise
+
+
+def _finish(run: Any, exit_code: int) -> None:
+    import wandb
+
+    run.finish(exit_code=exit_code)
+    wandb.teardown()  # `finish` returns before the service has closed the run's file
 
 
 def _sent_to_server(run: Any) -> Sent:
