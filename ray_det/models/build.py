@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ray_det.config import ModelConfig
 from ray_det.models.detector import Detector
 from ray_det.models.torchvision_build import build_torchvision, rebuild_torchvision
+from ray_det.models.transformers_build import build_transformers, rebuild_transformers
 from ray_det.models.weights import WeightsReport
 from ray_det.types import IMAGENET_MEAN, ClassList, UserError
 
@@ -36,8 +37,12 @@ def build_detector(
     library, _, name = config.name.partition("/")
     if library == "torchvision" and name:
         return build_torchvision(name, config.fpn_channels, config.config, config.weights, len(classes), pad)
+    if library == "transformers" and name:
+        return build_transformers(name, config.config, config.weights, classes, pad)
     raise UserError(f"unknown model '{config.name}': torchvision/<detector> or transformers/<hub id | folder | type>")
 
 
 def _rebuild(architecture: dict[str, Any], classes: ClassList, pad: tuple[float, ...]) -> Detector:
+    if architecture["library"] == "transformers":
+        return rebuild_transformers(architecture, classes, pad)
     return rebuild_torchvision(architecture, len(classes), pad)

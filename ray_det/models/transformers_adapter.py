@@ -1,0 +1,254 @@
+"""Detection transformers of Hugging Face `transformers` on a batch that is already resized, padded and normalised.
+
+Their boxes are shares of the canvas, so that postprocessing needs the canvas and not the size of the image. The
+network runs in the caller's autocast; box heads, score heads, matcher and criterion always run in float32.
+
+Shape legend: B images, H W canvas pixels, N boxes of one image, Q queries, C classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ray_det.models.detector import Batch, Detector, Prediction
+from ray_det.types import IMAGENET_MEAN, UserError
+
+DETECTIONS_PER_IMAGE = 100
+"""As many as COCO's evaluation looks at."""
+EXACT_HEADS = re.compile(r"(^|\.)(\w*bbox\w*|integral|class_embed|class_labels_classifier)(\.\d+)?$")
+"""Modules that give coordinates or scores: bfloat16 would round a box to 1/256 of the canvas."""
+WEIGHTED = {
+    "vfl": "weight_loss_vfl",
+    "mal": "weight_loss_mal",
+    "bbox": "weight_loss_bbox",
+    "giou": "weight_loss_giou",
+    "fgl": "weight_loss_fgl",
+    "ddf": "weight_loss_ddf",
+}
+"""Losses of the RT-DETR line, which come weighted, and the configuration's field that tells whether they exist.
+
+DEIM's matchability-aware loss (mal) replaces the varifocal loss (vfl), whose field stays.
+"""
+
+
+class TransformersDetector(Detector):
+    """A `...ForObjectDetection`.
+
+    Args:
+        network: with its configuration and labels set.
+        architecture, mean, std, pad: see `Detector`.
+    """
+
+    net: PreTrainedModel
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        architecture: dict[str, Any],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        pad: tuple[float, ...] = IMAGENET_MEAN,
+    ) -> None:
+        super().__init__(mean, std, pad)
+        self.net = network
+        self.architecture = architecture
+        self.size_divisor = size_divisor(network.config)
+        self.coefficients = loss_coefficients(network.config)
+        self.loss_names = tuple(self.coefficients)
+        network.loss_function = ExactCriterion(network.loss_function)
+        for name, module in list(network.named_modules()):
+            if EXACT_HEADS.search(name) and not isinstance(module, nn.ModuleList):
+                cast(nn.Module, module).__class__ = in_full_precision(type(module))
+        self._takes_mask = "pixel_mask" in inspect.signature(network.forward).parameters
+        self._unreached: dict[bool, tuple[str, ...]] = {}
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        return self.losses(batch, self.outputs(batch, self.labels(batch)))
+
+    def predict(self, batch: Batch) -> list[Prediction]:
+        outputs = self.outputs(batch, None)
+        return self.postprocess(batch, outputs.logits, outputs.pred_boxes)
+
+    def loss_and_predict(self, batch: Batch) -> tuple[dict[str, Tensor], list[Prediction]]:
+        outputs = self.outputs(batch, self.labels(batch))
+        return self.losses(batch, outputs), self.postprocess(batch, outputs.logits, outputs.pred_boxes)
+
+    def outputs(self, batch: Batch, labels: list[dict[str, Tensor]] | None) -> Any:
+        """The library's output object.
+
+        Raises:
+            UserError: the canvas has fewer cells than the model picks queries from.
+        """
+        images = self.normalise(batch)
+        self._check_queries(images)
+        mask = {"pixel_mask": batch.pixel_mask_BHW.long()} if self._takes_mask else {}
+        return self.net(pixel_values=images, labels=labels, **mask)
+
+    def labels(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Labels, and boxes (N, 4) as centre x, centre y, width, height in shares of the canvas."""
+        height, width = batch.images_B3HW.shape[-2:]
+        scale = batch.targets[0]["boxes"].new_tensor([width, height, width, height])
+        return [
+            {"class_labels": t["labels"], "boxes": box_convert(t["boxes"], "xyxy", "cxcywh") / scale}
+            for t in batch.targets
+        ]
+
+    def losses(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
+        """The total, and its weighted components summed over decoder layers, encoder and denoising queries."""
+        parts = {name: outputs.loss.new_zeros(()) for name in self.loss_names}
+        for key, value in outputs.loss_dict.items():  # "loss_bbox", "loss_bbox_aux_2", "loss_bbox_dn_0", ...
+            name = "_".join(key.split("_")[:2])
+            if name in parts:
+                parts[name] = parts[name] + self.coefficients[name] * value.detach()
+        return {"loss": self._whole_graph(batch, outputs.loss.float()), **parts}
+
+    def postprocess(self, batch: Batch, logits_BQC: Tensor, boxes_BQ4: Tensor) -> list[Prediction]:
+        """The best `DETECTIONS_PER_IMAGE`, in canvas pixels, clipped to the real pixels.
+
+        Args:
+            logits_BQC: (B, Q, C) of independent classes, or (B, Q, C + 1) where the last one is "no object".
+            boxes_BQ4: centre x, centre y, width, height in shares of the canvas.
+        """
+        height, width = batch.images_B3HW.shape[-2:]
+        classes = cast(int, self.net.config.num_labels)
+        if logits_BQC.shape[-1] > classes:  # softmax: one class per query
+            scores_BQ, labels_BQ = logits_BQC.float().softmax(-1)[..., :classes].max(-1)
+            scores_BK, query_BK = scores_BQ.topk(min(DETECTIONS_PER_IMAGE, scores_BQ.shape[1]))
+            labels_BK = labels_BQ.gather(1, query_BK)
+        else:
+            scores_BQC = logits_BQC.float().sigmoid().flatten(1)
+            scores_BK, index_BK = scores_BQC.topk(min(DETECTIONS_PER_IMAGE, scores_BQC.shape[1]))
+            query_BK, labels_BK = index_BK // classes, index_BK % classes
+        xyxy_BQ4 = box_convert(boxes_BQ4.float(), "cxcywh", "xyxy")
+        xyxy_BQ4 = xyxy_BQ4 * xyxy_BQ4.new_tensor([width, height, width, height])
+        found: list[Prediction] = []
+        for image, (real_height, real_width) in enumerate(batch.sizes):
+            boxes = xyxy_BQ4[image, query_BK[image]]
+            boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([real_width, real_height] * 2))
+            found.append(Prediction(boxes=boxes, scores=scores_BK[image], labels=labels_BK[image]))
+        return found
+
+    def _check_queries(self, images_B3HW: Tensor) -> None:
+        """The RT-DETR line picks its queries among the cells of the feature maps."""
+        config = self.net.config
+        strides, queries = getattr(config, "feat_strides", None), getattr(config, "num_queries", 0)
+        if not strides:
+            return
+        height, width = images_B3HW.shape[-2:]
+        cells = sum(-(-height // s) * -(-width // s) for s in strides)
+        if cells < queries:
+            raise UserError(
+                f"model.config num_queries {queries}: a canvas of {height} x {width} pixels has only {cells} cells"
+            )
+
+    def _whole_graph(self, batch: Batch, loss: Tensor) -> Tensor:
+        """The loss with all trainable parameters in its graph: what it does not depend on enters times zero.
+
+        Which parameters those are depends on whether the micro-batch has a box (no box, no denoising queries), and is
+        looked up once for each case.
+        """
+        if not loss.requires_grad:
+            return loss
+        boxes = any(len(t["labels"]) for t in batch.targets)
+        if boxes not in self._unreached:
+            reached = parameters_in_graph(loss)
+            self._unreached[boxes] = tuple(
+                name for name, p in self.named_parameters() if p.requires_grad and id(p) not in reached
+            )
+        for name in self._unreached[boxes]:
+            loss = loss + 0.0 * self.get_parameter(name).sum()
+        return loss
+
+
+class ExactCriterion:
+    """A library's criterion in float32, normalised by the boxes of this micro-batch alone."""
+
+    def __init__(self, criterion: Callable[..., Any]) -> None:
+        self.criterion = criterion
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False), one_process():
+            return self.criterion(*(as_float(a) for a in args), **{k: as_float(v) for k, v in kwargs.items()})
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Hide an initialised `accelerate` from the criterion, which would average the number of boxes over the ranks."""
+    try:
+        from accelerate import PartialState  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        yield
+        return
+    shared = PartialState._shared_state
+    PartialState._shared_state = {}
+    try:
+        yield
+    finally:
+        PartialState._shared_state = shared
+
+
+@cache
+def in_full_precision(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose forward leaves the caller's autocast and takes its floating inputs as float32."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return kind.forward(self, *(as_float(a) for a in args), **{k: as_float(v) for k, v in kwargs.items()})
+
+    return type(f"Exact{kind.__name__}", (kind,), {"forward": forward})
+
+
+def as_float(value: Any) -> Any:
+    """float32 in place of lower precisions, also inside lists and tuples."""
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    if isinstance(value, list | tuple):
+        return type(value)(as_float(v) for v in value)
+    return value
+
+
+def parameters_in_graph(loss: Tensor) -> set[int]:
+    """`id` of every parameter that a backward pass from `loss` reaches."""
+    found: set[int] = set()
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(cast(Any, node).variable))
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+def loss_coefficients(config: PreTrainedConfig) -> dict[str, float]:
+    """Base name of every loss of this model -> weight that the library multiplies it with only in the total."""
+    if hasattr(config, "weight_loss_bbox"):
+        names = [name for name, field in WEIGHTED.items() if hasattr(config, field)]
+        return {f"loss_{name}": 1.0 for name in names if (name, "mal" in names) != ("vfl", True)}
+    return {
+        "loss_ce": float(getattr(config, "class_loss_coefficient", 1)),
+        "loss_bbox": float(cast(Any, config).bbox_loss_coefficient),
+        "loss_giou": float(cast(Any, config).giou_loss_coefficient),
+    }
+
+
+def size_divisor(config: PreTrainedConfig) -> int:
+    """32, or a whole number of attention windows for plain vision transformers (RF-DETR: 14 x 4 = 56)."""
+    backbone = getattr(config, "backbone_config", None)
+    patch = getattr(backbone, "patch_size", None)
+    windows = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", 1)
+    return patch * windows if isinstance(patch, int) else 32
