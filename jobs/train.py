@@ -23,7 +23,6 @@ def main() -> None:
     if recipe:
         print(f"recipe {recipe}", flush=True)
     from ray_det.report.progress import results_table
-
     from ray_det.train.launch import train
 
     summary = train(config, started_at=STARTED_AT)

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ray_det import boxes as box_ops
 from ray_det.config import AugmentConfig
-from ray_det.data import augment, decode
+from ray_det.data import augment, decode, files
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import Assignment, resized
 from ray_det.types import IMAGENET_MEAN, MicroBatch, UserError
@@ -100,7 +100,7 @@ def _load_image(
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
     """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,)."""
     uri, source = record["uri"], (record["height"], record["width"])
-    image = decode.decode(decode.read_bytes(uri), uri)
+    image = decode.decode(files.read_bytes(uri), uri)
     if image.shape[:2] != source:
         raise UserError(f"image {uri} is {image.shape[:2]} (h, w), the manifest says {source}: prepare it again")
     fit = resized(np.array(source[0]), np.array(source[1]), image_size, spec.resize)

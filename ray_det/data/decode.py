@@ -7,36 +7,12 @@ evaluation and prediction all speak of the stored picture.
 from __future__ import annotations
 
 import io
-from functools import lru_cache
 
 import numpy as np
 import simplejpeg
 from PIL import Image
-from pyarrow import fs
 
 from ray_det.types import UserError
-
-
-def read_bytes(uri: str) -> bytes:
-    """Content of a local path or of any URI that pyarrow opens.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        if "://" not in uri:
-            with open(uri, "rb") as file:
-                return file.read()
-        filesystem, path = _filesystem(uri.split("://")[0], uri.split("/")[2]), uri.split("://", 1)[1]
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read()
-    except OSError as error:
-        raise UserError(f"cannot read image {uri}: {error}") from error
-
-
-@lru_cache
-def _filesystem(scheme: str, host: str) -> fs.FileSystem:
-    return fs.FileSystem.from_uri(f"{scheme}://{host}/")[0]
 
 
 def decode(data: bytes, name: str) -> np.ndarray:

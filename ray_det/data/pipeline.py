@@ -15,6 +15,7 @@ import ray
 import ray.data
 
 from ray_det.data.collate import Shard, from_table, load, to_table
+from ray_det.data.headers import Header, HeaderChunk, map_in_threads
 from ray_det.types import MicroBatch
 
 T = TypeVar("T")
@@ -24,6 +25,9 @@ BLOCK_BATCHES = 8
 """Micro-batches that one task loads: fewer tasks, and one buffer for all of their pixels."""
 BLOCK_BYTES = 64 << 20
 """Pixels of one block at most: what is in flight stays bounded on small object stores."""
+
+RAY_FROM = 5000
+"""Files from which on headers are read by Ray Data tasks: below, starting Ray takes longer than reading them."""
 
 
 def stream(work: Shard, *, loader_cpus: float | None = None, prefetch: int = 4) -> Iterator[MicroBatch]:
@@ -87,6 +91,23 @@ def _block_cuts(work: Shard) -> np.ndarray:
         cuts.append(min(cuts[-1] + size, len(part)))
         size = min(2 * size, full)
     return np.array(cuts)
+
+
+def map_chunks(
+    function: Callable[[HeaderChunk], list[Header]],
+    chunks: list[HeaderChunk],
+    *,
+    connect: Callable[[], None],
+) -> list[list[Header]]:
+    """The preflight's parallel map: threads for a few files, Ray Data tasks for many, results in order.
+
+    Args:
+        connect: called before Ray is used; starts it where that is still to be done.
+    """
+    if sum(len(names) for _, names in chunks) < RAY_FROM:
+        return map_in_threads(function, chunks)
+    connect()
+    return ray_map_chunks(function, chunks)
 
 
 def ray_map_chunks(function: Callable[[T], R], chunks: list[T]) -> list[R]:

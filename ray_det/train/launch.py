@@ -1,11 +1,10 @@
-"""Start a run on Ray: connect or start a cluster, see that the workers fit, run the `TorchTrainer`, show progress."""
+"""A run on Ray: prepare it, see that its workers fit, run the `TorchTrainer`, show progress."""
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray
@@ -14,7 +13,9 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from ray_det.config import TrainJobConfig, WorkersConfig
+from ray_det.cluster import require_room, start_ray
+from ray_det.config import TrainJobConfig
+from ray_det.data.pipeline import map_chunks
 from ray_det.report.progress import ProgressPrinter
 from ray_det.train.board import start_board
 from ray_det.train.session import Job
@@ -22,12 +23,6 @@ from ray_det.train.start import begin, finished_summary
 from ray_det.train.worker import Payload, train_worker
 from ray_det.types import TrainingError, UserError
 
-ENVIRONMENT = {
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment as it is
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would come twice
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, without the warning
-}
 POLL_S = 0.5
 
 
@@ -38,7 +33,7 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
         UserError: an input that the user can put right.
         TrainingError: the run cannot go on.
     """
-    job = begin(config, started_at, say)
+    job = begin(config, started_at, say, partial(_map_headers, config))
     done = finished_summary(job)
     if done is not None:
         say(f"run {config.name} is finished: {job.run.uri}")
@@ -49,60 +44,9 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
     return job.run.read_json("summary.json")
 
 
-def start_ray(workers: WorkersConfig) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine with room for workers and loaders."""
-    if ray.is_initialized():
-        return
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile its imports anew
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="ERROR")
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers.num * workers.cpus > cores:
-        raise UserError(
-            f"no room for {workers.num} workers with {workers.cpus:g} CPUs each: this machine has {cores} CPUs "
-            "(see --workers.num and --workers.cpus)"
-        )
-    # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
-    ray.init(num_cpus=cores + int(-(-workers.num * workers.cpus // 1)), log_to_driver=False, logging_level="ERROR")
-
-
-def require_room(workers: WorkersConfig) -> tuple[bool, float]:
-    """(whether the workers use GPUs, CPUs that are left for loaders), once the cluster has room for all workers.
-
-    Raises:
-        UserError: it has none after `start_timeout_s`, where an autoscaler might have added nodes.
-    """
-    deadline = time.monotonic() + workers.start_timeout_s
-    local = not os.environ.get("RAY_ADDRESS")
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpu = workers.use_gpu
-        if gpu is None:
-            gpu = _fitting(nodes, workers.cpus, gpus=1) >= workers.num
-        fitting = _fitting(nodes, workers.cpus, gpus=int(gpu))
-        left = sum(node.get("CPU", 0) for node in nodes) - workers.num * workers.cpus
-        if fitting >= workers.num and left >= 1:
-            return gpu, left
-        if local or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    need = f"{workers.cpus:g} CPUs" + (" and a GPU" if gpu else "")
-    have = ", ".join(f"{n.get('CPU', 0):g} CPUs {n.get('GPU', 0):g} GPUs" for n in nodes)
-    raise UserError(
-        f"no room for {workers.num} workers with {need} each beside a CPU for loaders: the cluster's nodes have {have}"
-    )
-
-
-def _fitting(nodes: list[dict[str, float]], cpus: float, gpus: int) -> int:
-    """How many workers the nodes hold."""
-    total = 0
-    for node in nodes:
-        by_gpu = node.get("GPU", 0) // gpus if gpus else float("inf")
-        total += int(min(node.get("CPU", 0) // cpus, by_gpu))
-    return total
+def _map_headers(config: TrainJobConfig, function: Callable[[Any], Any], chunks: list[Any]) -> list[Any]:
+    """The preflight's parallel map: on the cluster where there is much to read."""
+    return map_chunks(function, chunks, connect=partial(start_ray, config.workers))
 
 
 def _fit(job: Job, gpu: bool, loader_cpus: float) -> None:

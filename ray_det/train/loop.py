@@ -198,7 +198,7 @@ def _notify(session: Session, phase: str, **more: Any) -> None:
     state, clock, config = session.state, session.clock, session.config
     update: dict[str, Any] = {
         "phase": phase,
-        "epoch": state.epoch + 1,
+        "epoch": state.epoch,
         "epochs": config.train.epochs,
         "global_step": state.global_step,
         **more,

@@ -1,4 +1,4 @@
-"""From a configuration to a run that may begin: data prepared, compared with what the run folder holds. No Ray here."""
+"""From a configuration to a run that may begin: data prepared, compared with what the run folder holds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 from ray_det.cli import to_yaml
 from ray_det.config import DatasetConfig, TrainJobConfig, changed_keys, micro_batches
 from ray_det.data import embedded
+from ray_det.data.headers import MapChunks
 from ray_det.data.manifest import Manifest, write_manifest
-from ray_det.data.prepare import prepare, require_trainable, same_classes
+from ray_det.data.preflight import require_trainable
+from ray_det.data.prepare import prepare, same_classes
 from ray_det.storage import Folder
 from ray_det.train.session import Job
 from ray_det.types import UserError
@@ -28,7 +30,7 @@ def cache_folder(storage: str) -> Path:
     return local / ".cache" if local else Path.home() / ".cache" / "ray_det"
 
 
-def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None]) -> Job:
+def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None], map_chunks: MapChunks) -> Job:
     """Prepare the data and the run folder, of a new run or of one that goes on.
 
     Raises:
@@ -38,7 +40,7 @@ def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None])
     if config.overwrite:
         run.delete()
     config = config.model_copy(update={"data": with_embedded_data(config, say)})
-    manifests = _manifests(config, say)
+    manifests = _manifests(config, say, map_chunks)
     known = run.read_json("run.json") if run.exists("run.json") else None
     config = _resolved(config, known)
     hashes = {split: manifest.hash for split, manifest in manifests.items()}
@@ -73,14 +75,14 @@ def with_embedded_data(config: TrainJobConfig, say: Callable[[str], None]) -> Da
     return data.model_copy(update={split: str(path) for split, path in paths.items()})
 
 
-def _manifests(config: TrainJobConfig, say: Callable[[str], None]) -> dict[str, Manifest]:
+def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: MapChunks) -> dict[str, Manifest]:
     manifests: dict[str, Manifest] = {}
     for split in SPLITS:
         source = getattr(config.data, split)
         if source is None:
             continue
         cache = cache_folder(config.storage) / "manifests"
-        manifest, report = prepare(source, config.data.images, cache, strict=config.data.strict)
+        manifest, report = prepare(source, config.data.images, cache, strict=config.data.strict, map_chunks=map_chunks)
         if report is not None and report.findings:
             say(f"{split}: {source}\n{report.table()}")
         manifests[split] = manifest

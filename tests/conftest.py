@@ -1,0 +1,42 @@
+"""What tests of all rooms share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ray_det.data import embedded
+
+os.environ.setdefault("WANDB_SILENT", "true")
+
+
+@pytest.fixture(scope="session")
+def small_coco(tmp_path_factory) -> dict[str, Path]:
+    """A small COCO data set of many sizes: JSON paths by split."""
+    return embedded.generate(tmp_path_factory.mktemp("small_coco"), seed=1, train=16, val=7, test=5)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real data sets, from RAY_DET_REAL_DATA."""
+    folder = os.environ.get("RAY_DET_REAL_DATA")
+    if not folder:
+        pytest.skip("RAY_DET_REAL_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    """One Ray for all tests that need one. Its home is temporary: Ray writes a token there."""
+    import ray
+
+    from ray_det.cluster import prepare_environment
+
+    old_home = os.environ.get("HOME")
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    prepare_environment()
+    ray.init(num_cpus=5, log_to_driver=False, logging_level="ERROR", object_store_memory=300 << 20)
+    yield
+    ray.shutdown()
+    if old_home:
+        os.environ["HOME"] = old_home

@@ -1,0 +1,80 @@
+"""Geometry and colour: boxes go where their pixels go, everything stays on the canvas, all of it is seeded."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ray_det.config import AugmentConfig
+from ray_det.data import augment
+
+GEOMETRY = AugmentConfig(brightness=0, contrast=0, saturation=0)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(40, 200),
+    st.integers(40, 200),
+    st.floats(0.5, 2.0),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_boxes_follow_the_pixels(seed, height, width, scale, flip):
+    """A drawn rectangle is found again, by its pixels, where its box went."""
+    rng = np.random.default_rng(seed)
+    config = GEOMETRY.model_copy(update={"scale": (scale, scale), "flip": float(flip), "min_visible": 0.01})
+    x0, y0 = rng.integers(0, width - 20), rng.integers(0, height - 20)
+    box = np.array([[x0, y0, x0 + rng.integers(12, width - x0), y0 + rng.integers(12, height - y0)]], np.float64)
+    image = np.zeros((height, width, 3), np.uint8)
+    image[int(box[0, 1]) : int(box[0, 3]), int(box[0, 0]) : int(box[0, 2])] = 255
+    fit = (2 * height, 2 * width)
+    canvas = (-(-fit[0] // 32) * 32, -(-fit[1] // 32) * 32)
+    view = augment.sample(rng, config, (height, width), fit, canvas)
+    assert view.height <= canvas[0] and view.width <= canvas[1]
+    out = np.empty((view.height, view.width, 3), np.uint8)
+    augment.apply(view, image, out)
+    boxes, keep = augment.apply_to_boxes(view, box, config.min_visible)
+    ys, xs = np.nonzero(out[..., 0] > 127)
+    if not len(boxes):
+        assert not keep[0] and len(xs) < 0.02 * (box[0, 2] - box[0, 0]) * (box[0, 3] - box[0, 1]) * 4 * scale**2 + 64
+        return
+    found = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+    assert np.abs(found - boxes[0]).max() <= 1.5
+
+
+def test_scale_above_one_never_pads():
+    config = GEOMETRY.model_copy(update={"scale": (1.4, 1.4)})
+    view = augment.sample(np.random.default_rng(0), config, (480, 640), (480, 640), (480, 640))
+    assert (view.height, view.width) == (480, 640)
+    assert (view.x1 - view.x0, view.y1 - view.y0) == (round(640 / 1.4), round(480 / 1.4))
+
+
+def test_a_box_mostly_cut_off_is_not_taught():
+    view = augment.View(50, 0, 100, 100, 100, 50)
+    boxes = np.array([[0.0, 0, 60, 10], [0, 0, 80, 10], [10, 0, 40, 10]])
+    moved, keep = augment.apply_to_boxes(view, boxes, min_visible=0.25)
+    assert keep.tolist() == [False, True, False]
+    assert moved.tolist() == [[0, 0, 30, 10]]
+
+
+def test_colour_matrix_is_brightness_contrast_saturation():
+    image = np.full((2, 2, 3), (200, 100, 50), np.uint8)
+    config = AugmentConfig(brightness=0.5, contrast=0, saturation=0)
+    bright = cv2.transform(image, augment._colour(config, 1, 0, 0))
+    assert bright[0, 0].tolist() == [255, 150, 75]
+    gray = cv2.transform(image, augment._colour(AugmentConfig(brightness=0, contrast=0, saturation=1), 0, 0, -1))
+    assert np.ptp(gray[0, 0].astype(int)) <= 1 and abs(int(gray[0, 0, 0]) - 124) <= 1
+
+
+def test_draws_depend_on_the_generator_alone():
+    views = [
+        augment.sample(np.random.default_rng([1, 2, s]), AugmentConfig(), (90, 90), (64, 64), (64, 96))
+        for s in (3, 3, 4)
+    ]
+    assert str(views[0]) == str(views[1]) != str(views[2])
+
+
+def test_scale_range_must_be_ordered():
+    with pytest.raises(ValueError, match=r"1\.2 > 0\.8"):
+        AugmentConfig(scale=(1.2, 0.8))

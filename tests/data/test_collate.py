@@ -1,0 +1,121 @@
+"""Micro-batches: planned canvas, mean padding, the same whoever loads them, unharmed by Arrow."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ray_det.config import AugmentConfig, DatasetConfig
+from ray_det.data.collate import MEAN_PIXEL, LoadSpec, from_table, load, shard, to_table
+from ray_det.data.decode import decode
+from ray_det.data.plan import plan_epoch, plan_evaluation
+from ray_det.data.prepare import prepare
+from ray_det.types import UserError
+
+TRAIN = LoadSpec("longest", "mean", seed=5, augment=AugmentConfig())
+EVAL = replace(TRAIN, augment=None)
+CONFIG = DatasetConfig(image_size=128)
+
+
+@pytest.fixture(scope="module")
+def manifest(small_coco, tmp_path_factory):
+    return prepare(str(small_coco["train"]), None, tmp_path_factory.mktemp("cache"))[0]
+
+
+def plan_of(manifest, epoch=0):
+    table = manifest.table
+    return plan_epoch(
+        table["height"].to_numpy(),
+        table["width"].to_numpy(),
+        np.flatnonzero(table["trainable"].to_numpy()),
+        CONFIG,
+        micro_batches=2,
+        micro_batch_size=3,
+        divisor=32,
+        seed=5,
+        epoch=epoch,
+    )
+
+
+def same(a, b):
+    arrays = ("pixels_BHW3", "sizes_B2", "orig_sizes_B2", "image_ids_B")
+    assert (a.epoch, a.step, a.index) == (b.epoch, b.step, b.index)
+    assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
+    assert all(np.array_equal(x, y) for x, y in zip(a.boxes_N4, b.boxes_N4, strict=True))
+    assert all(np.array_equal(x, y) for x, y in zip(a.labels_N, b.labels_N, strict=True))
+
+
+def test_images_lie_top_left_on_the_planned_canvas_filled_with_the_mean(manifest):
+    plan = plan_of(manifest)
+    for batch in load(shard(manifest, plan.assign(0, 1), TRAIN)):
+        assert batch.pixels_BHW3.shape[1:3] == tuple(plan.canvas_S2[batch.step])
+        for pixels, (h, w), boxes in zip(batch.pixels_BHW3, batch.sizes_B2, batch.boxes_N4, strict=True):
+            assert (pixels[h:] == MEAN_PIXEL).all() and (pixels[:h, w:] == MEAN_PIXEL).all()
+            assert (boxes >= 0).all() and (boxes <= [w, h, w, h]).all()
+            assert ((boxes[:, 2:] - boxes[:, :2]) > 0).all()
+
+
+def test_zero_padding_is_black(manifest):
+    padded = []
+    for batch in load(shard(manifest, plan_of(manifest).assign(0, 1), replace(EVAL, padding="zero"))):
+        for pixels, (h, w) in zip(batch.pixels_BHW3, batch.sizes_B2, strict=True):
+            padded += [pixels[h:].ravel(), pixels[:h, w:].ravel()]
+    assert np.concatenate(padded).size > 1000 and not np.concatenate(padded).any()
+
+
+def test_a_micro_batch_is_the_same_at_any_world_size_and_start(manifest):
+    plan = plan_of(manifest)
+    alone = {(b.step, b.index): b for b in load(shard(manifest, plan.assign(0, 1), TRAIN))}
+    for rank in range(2):
+        for batch in load(shard(manifest, plan.assign(rank, 2, start_step=1), TRAIN)):
+            same(batch, alone.pop((batch.step, batch.index)))
+    assert sorted(alone) == [(0, 0), (0, 1)]
+
+
+def test_augmentation_changes_with_the_epoch_not_with_the_call(manifest):
+    first, again = (load(shard(manifest, plan_of(manifest).assign(0, 1), TRAIN), 0, 1)[0] for _ in range(2))
+    same(first, again)
+    plan = plan_of(manifest)
+    later = replace(plan, epoch=1).assign(0, 1)
+    assert not np.array_equal(first.pixels_BHW3, load(shard(manifest, later, TRAIN), 0, 1)[0].pixels_BHW3)
+
+
+def test_evaluation_shows_the_whole_image_and_its_boxes(manifest):
+    table = manifest.table
+    rows = np.flatnonzero(table["readable"].to_numpy())
+    h, w = table["height"].to_numpy()[rows], table["width"].to_numpy()[rows]
+    plan = plan_evaluation(h, w, rows, CONFIG, batch_size=4, divisor=32, rank=0, world=1)
+    for batch in load(shard(manifest, plan, EVAL)):
+        for i, image_id in enumerate(batch.image_ids_B):
+            record = table.slice(table["image_id"].to_pylist().index(image_id), 1).to_pylist()[0]
+            assert tuple(batch.orig_sizes_B2[i]) == (record["height"], record["width"])
+            assert batch.sizes_B2[i].max() == 128
+            wanted = np.array(record["boxes"]).reshape(-1, 4)[np.array(record["box_ok"], bool)]
+            scale = batch.sizes_B2[i][::-1] / np.array([record["width"], record["height"]])
+            assert np.allclose(batch.boxes_N4[i][:, :2], wanted[:, :2] * scale, atol=1e-3)
+            assert np.allclose(batch.boxes_N4[i][:, 2:], (wanted[:, :2] + wanted[:, 2:]) * scale, atol=1e-3)
+
+
+def test_arrow_gives_back_what_it_got(manifest):
+    batches = load(shard(manifest, plan_of(manifest).assign(0, 1), TRAIN))
+    table = to_table(batches)
+    pixels = table["pixels"].chunk(0).buffers()[2]
+    assert pixels.address == batches[0].pixels_BHW3.__array_interface__["data"][0], "pixels were copied"
+    for batch, back in zip(batches, from_table(table), strict=True):
+        same(batch, back)
+    for batch, back in zip(batches[1:], from_table(to_table(batches[1:])), strict=True):
+        same(batch, back)
+
+
+def test_a_changed_image_is_an_error_that_names_it(manifest, tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="cannot decode image .*x.png"):
+        decode(path.read_bytes(), str(path))
+    grown = manifest.table.set_column(
+        manifest.table.schema.get_field_index("height"),
+        manifest.table.schema.field("height"),
+        [manifest.table["height"].to_numpy() + 1],
+    )
+    with pytest.raises(UserError, match="prepare it again"):
+        load(shard(replace(manifest, table=grown), plan_of(manifest).assign(0, 1), TRAIN), 0, 1)
