@@ -167,6 +167,15 @@ def test_errors_name_option_value_and_what_is_expected(argv: str, message: str) 
     assert error(*argv.split(" ")) == message
 
 
+def test_a_field_looked_for_in_another_section_is_found() -> None:
+    for wrong, right in (
+        ("--wandb.name", "--name"),
+        ("--workers.lr", "--optim.lr"),
+        ("--data.epochs", "--train.epochs"),
+    ):
+        assert error(wrong, "1") == f"unknown option {wrong}; did you mean {right}?"
+
+
 def test_a_required_field() -> None:
     with pytest.raises(UserError, match=r"^--checkpoint is required: text$"):
         cli.parse(Small, [], description="")
