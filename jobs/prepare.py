@@ -6,6 +6,7 @@ python jobs/prepare.py --source annotations/instances_train2017.json --output pr
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,25 +14,31 @@ from pydantic import Field
 
 from ray_det import cli
 from ray_det.config import Section, WorkersConfig
+from ray_det.data.headers import Header, HeaderChunk
 from ray_det.data.manifest import write_manifest
 from ray_det.data.prepare import make, refuse_errors, write_report
 
 
 class PrepareConfig(Section):
     source: str = Field(description="COCO JSON to check and prepare, path or URI")
-    images: str | None = Field(None, description="root of every `file_name` (folder or URI); default: beside the JSON")
+    images: str | None = Field(
+        default=None, description="root of every `file_name` (folder or URI); default: beside the JSON"
+    )
     output: str = Field(description="folder that gets manifest.parquet and preflight.json")
-    strict: bool = Field(False, description="fail when any error is found, and write no manifest")
+    strict: bool = Field(default=False, description="fail when any error is found, and write no manifest")
+
+
+def map_chunks(function: Callable[[HeaderChunk], list[Header]], chunks: list[HeaderChunk]) -> list[list[Header]]:
+    from ray_det.cluster import start_ray  # Ray takes seconds to import; --help and a wrong JSON should not
+    from ray_det.data import pipeline
+
+    return pipeline.map_chunks(function, chunks, connect=partial(start_ray, WorkersConfig()))
 
 
 def main() -> None:
     config, _ = cli.parse(PrepareConfig, sys.argv[1:], description="Check a COCO data set and write its manifest.")
-    from ray_det.cluster import start_ray  # Ray takes seconds to import, and --help should not
-    from ray_det.data.pipeline import map_chunks
-
     output = Path(config.output)
-    connect = partial(start_ray, WorkersConfig())
-    manifest, report = make(config.source, config.images, partial(map_chunks, connect=connect))
+    manifest, report = make(config.source, config.images, map_chunks)
     print(report.table())
     write_report(report, output / "preflight.json")
     if config.strict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, base = _filesystem(scheme, host)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot open {uri}: {_one_line(error)}") from error
-    return filesystem, f"{base.rstrip('/')}/{path}"
+    return filesystem, f"{base.rstrip('/')}/{path}".rstrip("/")
 
 
 def open_binary(path: str) -> Any:
@@ -103,14 +104,15 @@ def stats(root: str, names: list[str]) -> list[Stat | None]:
     if not has_scheme(root):
         return [_stat(i) for i in fs.LocalFileSystem().get_file_info([join(root, n) for n in names])]
     filesystem, base = resolve(root)
+    paths = [posixpath.normpath(f"{base}/{name}") for name in names]
     found: dict[str, Stat | None] = {}
     try:
-        for folder in sorted({parent(f"{base}/{name}") for name in names}):
+        for folder in sorted({parent(path) for path in paths}):
             listing = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
             found |= {info.path: _stat(info) for info in listing}
     except OSError as error:
         raise UserError(f"cannot list {root}: {_one_line(error)}") from error
-    return [found.get(os.path.normpath(f"{base}/{name}")) for name in names]
+    return [found.get(path) for path in paths]
 
 
 def is_file(path: str) -> bool:

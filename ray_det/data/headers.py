@@ -86,7 +86,10 @@ def _read_header(path: str, local_root: str | None) -> Header:
             return Header("outside")
     try:
         with files.open_binary(path) as file, Image.open(file) as image:
-            return Header("ok", image.height, image.width, _orientation(image), image.mode)
+            header = Header("ok", image.height, image.width, _orientation(image), image.mode)
+            if not _ends_well(file, image.format):
+                image.load()  # decides: files without an end mark may be whole
+            return header
     except (FileNotFoundError, NotADirectoryError):
         return Header("missing", problem="no such file")
     except Image.UnidentifiedImageError:
@@ -95,6 +98,18 @@ def _read_header(path: str, local_root: str | None) -> Header:
         return Header("unreadable", problem="more pixels than the decoder accepts")
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken header
         return Header("unreadable", problem=_reason(error))
+
+
+def _ends_well(file: Any, kind: str | None) -> bool:
+    """Whether a JPEG or PNG has its end mark at the end: most cut files show here, without decoding any whole one."""
+    mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(kind or "")
+    if mark is None:
+        return True
+    position, size = file.tell(), file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 64))
+    tail = file.read(64)
+    file.seek(position)
+    return tail.rstrip(b"\0\r\n ").endswith(mark)
 
 
 def _orientation(image: Image.Image) -> int:
