@@ -46,14 +46,17 @@ def draw(picture: Picture, names: Sequence[str], min_score: float = 0.3) -> np.n
     image, scale = _resized(picture.pixels_HW3)
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(size=max(12, max(image.size) // 50))
-    for box, label in zip(picture.true_boxes_N4 * scale, picture.true_labels_N, strict=True):
-        _dashed(pen, _inside(box, image.size))
-        _tag(pen, font, _inside(box, image.size), names[int(label)], TRUE_COLOUR, below=True)
-    found = [i for i in range(len(picture.scores_N)) if picture.scores_N[i] >= min_score]
-    for i in reversed(found):  # best score last, on top
-        box = _inside(picture.boxes_N4[i] * scale, image.size)
+    true = [_inside(box, image.size) for box in picture.true_boxes_N4 * scale]
+    found = [i for i in range(len(picture.scores_N)) if picture.scores_N[i] >= min_score][::-1]  # the best on top
+    boxes = {i: _inside(picture.boxes_N4[i] * scale, image.size) for i in found}
+    for box in true:
+        _dashed(pen, box)
+    for box in boxes.values():
         pen.rectangle(box, outline=HALO, width=4)
         pen.rectangle(_grown(box, -1), outline=PREDICTED_COLOUR, width=2)
+    for box, label in zip(true, picture.true_labels_N, strict=True):
+        _tag(pen, font, box, names[int(label)], TRUE_COLOUR, below=True)
+    for i, box in boxes.items():
         text = f"{names[int(picture.labels_N[i])]} {picture.scores_N[i]:.2f}"
         _tag(pen, font, box, text, PREDICTED_COLOUR, below=False)
     return np.asarray(image)
