@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from ray_det import recipes as recipe_files
 from ray_det import yaml12
 from ray_det.fields import help_text, is_optional, leaf_fields, members, type_text
-from ray_det.types import UserError
+from ray_det.types import TrainingError, UserError
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -105,12 +105,15 @@ def from_yaml(config_class: type[Config], text: str, *, source: str = "config.ya
 
 
 def main(function: Callable[[], object]) -> None:
-    """Run a job: status 2 and one line for a `UserError`, 130 for ctrl-C; any other exception keeps its traceback."""
+    """Run a job. One line and status 2 for a `UserError`, 1 for a `TrainingError`; 130 for ctrl-C.
+
+    Any other exception keeps its traceback.
+    """
     try:
         function()
-    except UserError as error:
+    except (UserError, TrainingError) as error:
         print("error:", " ".join(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

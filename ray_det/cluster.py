@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 
@@ -24,7 +25,7 @@ def start_ray(workers: WorkersConfig) -> None:
         return
     prepare_environment()
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers.num * workers.cpus > cores:
@@ -33,7 +34,9 @@ def start_ray(workers: WorkersConfig) -> None:
             "(see --workers.num and --workers.cpus)"
         )
     # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
-    ray.init(num_cpus=cores + int(-(-workers.num * workers.cpus // 1)), log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        num_cpus=cores + int(-(-workers.num * workers.cpus // 1)), log_to_driver=False, logging_level=logging.ERROR
+    )
 
 
 def prepare_environment() -> None:

@@ -22,41 +22,46 @@ class Section(BaseModel):
 
 
 class DatasetConfig(Section):
-    train: str | None = Field(None, description="COCO JSON or manifest to train on")
-    val: str | None = Field(None, description="COCO JSON or manifest evaluated after every epoch")
-    test: str | None = Field(None, description="COCO JSON or manifest evaluated once, with the best checkpoint")
+    train: str | None = Field(default=None, description="COCO JSON or manifest to train on")
+    val: str | None = Field(default=None, description="COCO JSON or manifest evaluated after every epoch")
+    test: str | None = Field(default=None, description="COCO JSON or manifest evaluated once, with the best checkpoint")
     images: str | None = Field(
-        None, description="root of every `file_name` (folder or URI); default: found beside each JSON"
+        default=None, description="root of every `file_name` (folder or URI); default: found beside each JSON"
     )
     image_size: Annotated[int, Field(ge=32, le=4096)] = Field(
-        640, description="side that images are resized to, pixels"
+        default=640, description="side that images are resized to, pixels"
     )
     resize: Literal["longest", "shortest", "square"] = Field(
-        "longest", description="which side becomes image_size; square gives up the aspect ratio"
+        default="longest", description="which side becomes image_size; square gives up the aspect ratio"
     )
     multi_scale: tuple[PositiveInt, ...] = Field(
-        (), description="image sizes (pixels) of which each training step draws one; empty: always image_size"
+        default=(), description="image sizes (pixels) of which each training step draws one; empty: always image_size"
     )
-    padding: Literal["mean", "zero"] = Field("mean", description="what padded pixels hold: ImageNet's mean, or black")
+    padding: Literal["mean", "zero"] = Field(
+        default="mean", description="what padded pixels hold: ImageNet's mean, or black"
+    )
     window: PositiveInt = Field(
-        16,
+        default=16,
         description="global batches per window of the plan, inside which images are sorted by aspect ratio; 1: random",
     )
     last_batch: Literal["wrap", "drop"] = Field(
-        "wrap", description="an epoch's last, short global batch: filled with images from its start, or left out"
+        default="wrap",
+        description="an epoch's last, short global batch: filled with images from its start, or left out",
     )
-    strict: bool = Field(False, description="refuse a data set in which the preflight finds any error")
+    strict: bool = Field(default=False, description="refuse a data set in which the preflight finds any error")
 
 
 class AugmentConfig(Section):
-    flip: Share = Field(0.5, description="probability of a horizontal flip")
+    flip: Share = Field(default=0.5, description="probability of a horizontal flip")
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
-        (0.9, 1.3), description="range of the scale jitter, x; above 1 crops, below 1 pads, the canvas stays"
+        default=(0.9, 1.3), description="range of the scale jitter, x; above 1 crops, below 1 pads, the canvas stays"
     )
-    min_visible: Share = Field(0.25, description="share of a box's area that a crop must leave for the box to stay")
-    brightness: Share = Field(0.2, description="largest change of brightness, share")
-    contrast: Share = Field(0.2, description="largest change of contrast, share")
-    saturation: Share = Field(0.2, description="largest change of saturation, share")
+    min_visible: Share = Field(
+        default=0.25, description="share of a box's area that a crop must leave for the box to stay"
+    )
+    brightness: Share = Field(default=0.2, description="largest change of brightness, share")
+    contrast: Share = Field(default=0.2, description="largest change of contrast, share")
+    saturation: Share = Field(default=0.2, description="largest change of saturation, share")
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
@@ -67,83 +72,91 @@ class AugmentConfig(Section):
 
 class ModelConfig(Section):
     name: str = Field(
-        "transformers/ustc-community/dfine-small-coco",
+        default="transformers/ustc-community/dfine-small-coco",
         description="torchvision/<builder | detector_backbone_fpn> or transformers/<hub id | folder | model type>",
     )
-    weights: str = Field("default", description="default, none, or a file (whole detector or backbone only)")
+    weights: str = Field(default="default", description="default, none, or a file (whole detector or backbone only)")
     fpn_channels: Annotated[int, Field(ge=8)] = Field(
-        256, description="channels of the pyramid of torchvision/<detector>_<backbone>_fpn"
+        default=256, description="channels of the pyramid of torchvision/<detector>_<backbone>_fpn"
     )
     config: dict[str, Any] = Field(
-        {}, description="JSON: fields of the transformers configuration, or arguments of the torchvision detector"
+        default={},
+        description="JSON: fields of the transformers configuration, or arguments of the torchvision detector",
     )
 
 
 class OptimConfig(Section):
-    lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="learning rate at the start")
-    lr_min: NonNegative = Field(1e-6, description="learning rate at the end of the cosine")
-    weight_decay: NonNegative = Field(1e-4, description="AdamW's decoupled weight decay")
-    decay_norms_and_biases: bool = Field(True, description="apply the weight decay to norms and biases too")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="how the learning rate falls")
-    interval: Literal["epoch", "step"] = Field("epoch", description="when the schedule moves")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up, optimizer steps")
-    clip_norm: NonNegative = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    lr: Annotated[float, Field(gt=0)] = Field(default=5e-5, description="learning rate at the start")
+    lr_min: NonNegative = Field(default=1e-6, description="learning rate at the end of the cosine")
+    weight_decay: NonNegative = Field(default=1e-4, description="AdamW's decoupled weight decay")
+    decay_norms_and_biases: bool = Field(default=True, description="apply the weight decay to norms and biases too")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="how the learning rate falls")
+    interval: Literal["epoch", "step"] = Field(default="epoch", description="when the schedule moves")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="linear warm-up, optimizer steps")
+    clip_norm: NonNegative = Field(default=1.0, description="largest global gradient norm; 0: no clipping")
 
 
 class TrainConfig(Section):
-    epochs: PositiveInt = Field(24, description="passes over the training data")
-    global_batch_size: PositiveInt = Field(16, description="images per optimizer step, over all workers")
+    epochs: PositiveInt = Field(default=24, description="passes over the training data")
+    global_batch_size: PositiveInt = Field(default=16, description="images per optimizer step, over all workers")
     micro_batch_size: PositiveInt | None = Field(
-        None, description="images per forward pass; default: global batch / workers"
+        default=None, description="images per forward pass; default: global batch / workers"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast on CUDA and AMX CPUs, fp32 elsewhere; the criterion is always fp32"
+        default="auto",
+        description="auto: bf16 autocast on CUDA and AMX CPUs, fp32 elsewhere; the criterion is always fp32",
     )
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps between checkpoints within an epoch; 0: at the end of epochs only"
+        default=0, description="steps between checkpoints within an epoch; 0: at the end of epochs only"
     )
     max_nonfinite_steps: PositiveInt = Field(
-        5, description="steps in a row with a non-finite loss or gradient before the run fails"
+        default=5, description="steps in a row with a non-finite loss or gradient before the run fails"
     )
-    deterministic: bool | None = Field(None, description="deterministic algorithms; default: on CPU")
+    deterministic: bool | None = Field(default=None, description="deterministic algorithms; default: on CPU")
 
 
 class EvalConfig(Section):
-    batch_size: PositiveInt | None = Field(None, description="images per forward pass; default: the micro-batch size")
-    every_epochs: PositiveInt = Field(1, description="epochs between evaluations on val; the last is always evaluated")
-    pictures: Annotated[int, Field(ge=0)] = Field(4, description="val images drawn with their boxes each epoch")
+    batch_size: PositiveInt | None = Field(
+        default=None, description="images per forward pass; default: the micro-batch size"
+    )
+    every_epochs: PositiveInt = Field(
+        default=1, description="epochs between evaluations on val; the last is always evaluated"
+    )
+    pictures: Annotated[int, Field(ge=0)] = Field(default=4, description="val images drawn with their boxes each epoch")
 
 
 class WorkersConfig(Section):
-    num: PositiveInt = Field(1, description="train workers (one GPU each where GPUs are used)")
+    num: PositiveInt = Field(default=1, description="train workers (one GPU each where GPUs are used)")
     threads: PositiveInt | None = Field(
-        None, description="torch threads per worker; default: the node's cores / workers"
+        default=None, description="torch threads per worker; default: the node's cores / workers"
     )
-    use_gpu: bool | None = Field(None, description="default: whether the cluster has GPUs enough")
-    cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs reserved per worker; loaders use the rest")
+    use_gpu: bool | None = Field(default=None, description="default: whether the cluster has GPUs enough")
+    cpus: Annotated[float, Field(gt=0)] = Field(default=1, description="CPUs reserved per worker; loaders use the rest")
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        60, description="seconds to wait for a cluster with room for all workers"
+        default=60, description="seconds to wait for a cluster with room for all workers"
     )
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="worker failures to recover from")
+    max_failures: Annotated[int, Field(ge=0)] = Field(default=3, description="worker failures to recover from")
 
 
 class WandbConfig(Section):
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online with an API key, offline without"
+        default="auto", description="auto: online with an API key, offline without"
     )
-    project: str = Field("ray_det", description="wandb project")
-    entity: str | None = Field(None, description="wandb team or user")
-    group: str | None = Field(None, description="wandb group")
+    project: str = Field(default="ray_det", description="wandb project")
+    entity: str | None = Field(default=None, description="wandb team or user")
+    group: str | None = Field(default=None, description="wandb group")
 
 
 class TrainJobConfig(Section):
     """Everything `jobs/train.py` can be told."""
 
-    name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name; the same name goes on")
-    storage: str = Field("./runs", description="folder or URI that holds run folders")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the plan, the augmentation and the model")
-    overwrite: bool = Field(False, description="delete what a run of this name left and start anew")
-    allow_changes: bool = Field(False, description="resume although the configuration or the data changed")
+    name: str = Field(
+        default="default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name; the same name goes on"
+    )
+    storage: str = Field(default="./runs", description="folder or URI that holds run folders")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="seed of the plan, the augmentation and the model")
+    overwrite: bool = Field(default=False, description="delete what a run of this name left and start anew")
+    allow_changes: bool = Field(default=False, description="resume although the configuration or the data changed")
     data: DatasetConfig = DatasetConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()

@@ -7,7 +7,7 @@ nothing has to be split between ranks, and resuming is a shorter assignment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ def stream(work: Shard, *, loader_cpus: float | None = None, prefetch: int = 4) 
     cuts = _block_cuts(work)
     reference = ray.put(work)
 
-    def load_block(block: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+    def load_block(block: Any) -> Iterator[pa.Table]:
         shard = ray.get(reference)
         for i in block["id"]:
             yield to_table(load(shard, int(cuts[i]), int(cuts[i + 1])))
@@ -115,7 +115,7 @@ def ray_map_chunks(function: Callable[[T], R], chunks: list[T]) -> list[R]:
     reference = ray.put(chunks)
     _configure(ray.data.DataContext.get_current())
 
-    def run(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(block: Any) -> dict[str, np.ndarray]:
         inputs = ray.get(reference)
         results = np.empty(len(block["id"]), object)
         results[:] = [function(inputs[i]) for i in block["id"]]

@@ -43,10 +43,9 @@ def coco_metrics(ground_truth: dict[str, Any], results: list[dict[str, Any]], cl
         results: from `to_coco`, of every image.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = ground_truth
-        truth.createIndex()
-        found = truth.loadRes(results) if results else _no_results(ground_truth)
+        truth = _coco(ground_truth)
+        # loadRes cannot take an empty list
+        found = truth.loadRes(results) if results else _coco(ground_truth | {"annotations": []})
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -66,9 +65,8 @@ def _per_class(evaluation: COCOeval, classes: ClassList) -> dict[str, float]:
     return metrics
 
 
-def _no_results(ground_truth: dict[str, Any]) -> COCO:
-    """pycocotools' loadRes cannot take an empty list."""
-    empty = COCO()
-    empty.dataset = ground_truth | {"annotations": []}
-    empty.createIndex()
-    return empty
+def _coco(dataset: dict[str, Any]) -> Any:
+    coco: Any = COCO()  # its type stubs know files only
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -22,9 +22,9 @@ def gather_lists(local: list[T], group: dist.ProcessGroup | None = None) -> list
     if group is None:
         return local
     rank = dist.get_rank(group)
-    parts: list[list[T] | None] | None = [None] * dist.get_world_size(group) if rank == 0 else None
+    parts: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
     dist.gather_object(local, parts, group_dst=0, group=group)
-    return None if parts is None else [item for part in parts for item in (part or [])]
+    return None if parts is None else [item for part in parts for item in part]
 
 
 def require_each_once(detections: list[Detections], image_ids: np.ndarray) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 
 class Board:
@@ -33,6 +32,6 @@ class Board:
         return self._failure
 
 
-def start_board() -> ActorHandle:
-    """A board that takes no CPU and ends with the driver."""
+def start_board() -> Any:
+    """Handle of a board that takes no CPU and ends with the driver."""
     return ray.remote(Board).options(num_cpus=0).remote()

@@ -44,7 +44,7 @@ def _best(session: Session, temporary: Path) -> Checkpoint:
 def _summary(session: Session, best: Checkpoint) -> dict[str, Any]:
     """The final numbers: val of the best epoch, and what all of the run took, over its restarts."""
     state, job, first_step_at = session.state, session.job, session.clock.first_step_at
-    records = read_records(session.runtime.folder / "metrics.jsonl")
+    records = list(read_records(session.runtime.folder / "metrics.jsonl"))
     epochs = [r for r in records if "train/epoch_avg_loss" in r and r["global_step"] == best.state.global_step]
     val = {k: v for k, v in epochs[-1].items() if k.startswith("val/")} if epochs else {}
     return val | {

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import ray
 import ray.train
@@ -84,7 +85,7 @@ def _train(payload: Payload) -> None:
 
 def _host_group(world: int) -> dist.ProcessGroup | None:
     """A group that moves host objects, whatever the backend of the gradients."""
-    return dist.new_group(backend="gloo") if world > 1 else None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None
 
 
 def _commit(staged: Path | None, name: str, state: TrainState, *, run: Folder, folder: Path) -> None:
