@@ -66,6 +66,7 @@ def test_reads_nan_and_infinity() -> None:
         (("images", 0, "file_name"), "\ud800", 'x.json: image 7: file_name is "\\ud800", not valid Unicode'),
         (("annotations", 1, "bbox"), [1, 2, 3], "x.json: annotation 2: bbox is [1, 2, 3], not four numbers"),
         (("annotations", 1, "bbox"), [1, 2, 3, None], "annotation 2: bbox is [1, 2, 3, null], not four numbers"),
+        (("annotations", 1, "bbox"), [1, 2, 3, 10**400], "annotation 2: bbox is [1, 2, 3, 1000"),
         (("annotations", 0, "category_id"), 1.5, "annotation 1: category_id is 1.5, not a whole number of 64 bits"),
         (("annotations", 0, "image_id"), 2**63, "annotation 1: image_id is 9223372036854775808, not a whole number"),
         (("annotations", 0, "area"), "big", 'x.json: annotation 1: area is "big", not a number'),

@@ -173,6 +173,16 @@ def test_hash_follows_content_alone() -> None:
     assert len(hashes) == 1 + len(changes)
 
 
+def test_hash_knows_whose_box_it_is() -> None:
+    """Moved to the next image, a box leaves every column as it is but for the lengths of the lists."""
+    images = messy()["images"][:2]
+    box = {"id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}
+    hashes = {
+        manifest_of(messy() | {"images": images, "annotations": [box | {"image_id": i["id"]}]}).hash for i in images
+    }
+    assert len(hashes) == 2
+
+
 def test_hash_does_not_depend_on_how_arrow_lays_it_out(tmp_path: Path) -> None:
     manifest = manifest_of(messy())
     halves = pa.concat_tables([manifest.table.slice(0, 2), manifest.table.slice(2)])

@@ -152,6 +152,16 @@ def test_different_files_of_one_image_id_are_not_trained_on(tmp_path: Path) -> N
     assert table["problem"][0].as_py() == "several files share this image id"
 
 
+def test_turned_size_needs_a_turning_orientation(tmp_path: Path) -> None:
+    for orientation in range(1, 9):
+        save(tmp_path / f"{orientation}.jpg", orientation=orientation)
+    images = [image(i, f"{i}.jpg", 48, 64) for i in range(1, 9)]
+    _, report = inspect(read(document(images, [])), str(tmp_path))
+    assert [f.image_id for f in report.findings["size_mismatch"]] == [1, 2, 3, 4]
+    assert [f.image_id for f in report.findings["size_turned"]] == [5, 6, 7, 8]
+    assert report.counts["exif_orientation"] == 7
+
+
 def test_boxes_that_vanish_in_float32_are_degenerate(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg")
     data = read(document([image(1, "a.jpg")], [box(1, 1, [40, 4, 1e-9, 4]), box(2, 1, [1e308, 0, 1e308, 1])]))
@@ -259,7 +269,8 @@ def test_headers_of_odd_files(tmp_path: Path) -> None:
 def test_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert read_headers((str(tmp_path), ["a.png"]))[0].state == "unreadable"
+    header = read_headers((str(tmp_path), ["a.png"]))[0]
+    assert (header.state, header.problem) == ("unreadable", "more pixels than the decoder accepts")
 
 
 def test_chunks_are_mapped_by_the_given_function_in_order(tmp_path: Path) -> None:
