@@ -107,9 +107,16 @@ def _network(name: str, fpn_channels: int, config: dict[str, Any], num_classes: 
 
 def _call(build: Callable[[], nn.Module], name: str) -> nn.Module:
     try:
-        return build()
+        network = build()
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"model.config does not fit torchvision/{name}: {error}") from error
+    generator = next(m for m in network.modules() if isinstance(m, AnchorGenerator))
+    levels = 3 if name.startswith("fasterrcnn_mobilenet_v3") and name in BUILDERS else 5
+    if len(generator.sizes) != levels:
+        raise UserError(
+            f"model.config: anchor_sizes for {len(generator.sizes)} levels, torchvision/{name} has {levels}"
+        )
+    return network
 
 
 def _parse(name: str) -> tuple[str, str]:
@@ -152,7 +159,10 @@ def _anchors(family: str, sizes: Any, ratios: Any) -> AnchorGenerator:
     ratios = ratios or ([1.0] if family == "fcos" else [0.5, 1.0, 2.0])
     if not isinstance(ratios[0], list | tuple):
         ratios = [ratios] * len(per_level)
-    return AnchorGenerator(per_level, tuple(tuple(r) for r in ratios))
+    generator = AnchorGenerator(per_level, tuple(tuple(r) for r in ratios))
+    if len({len(s) * len(r) for s, r in zip(per_level, ratios, strict=False)}) != 1 or len(per_level) != len(ratios):
+        raise UserError("model.config: anchor_sizes and aspect_ratios must give every level equally many anchors")
+    return generator
 
 
 def _published(name: str, fpn_channels: int) -> WeightsEnum:

@@ -16,6 +16,8 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,6 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ray_det.models.detector import Batch, Detector, Prediction
 from ray_det.types import IMAGENET_MEAN, UserError
 
+MIXES_QUERIES = Version(transformers.__version__) < Version("5.18")
+"""Whether the last layer's loss would be matched to denoising queries too (huggingface/transformers#48528)."""
 DETECTIONS_PER_IMAGE = 100
 """As many as COCO's evaluation looks at."""
 EXACT_HEADS = re.compile(r"(^|\.)(\w*bbox\w*|integral|class_embed|class_labels_classifier)(\.\d+)?$")
@@ -90,9 +94,18 @@ class TransformersDetector(Detector):
             UserError: the canvas has fewer cells than the model picks queries from.
         """
         images = self.normalise(batch)
-        self._check_queries(images)
         mask = {"pixel_mask": batch.pixel_mask_BHW.long()} if self._takes_mask else {}
-        return self.net(pixel_values=images, labels=labels, **mask)
+        try:
+            return self.net(pixel_values=images, labels=labels, **mask)
+        except RuntimeError as error:
+            if "selected index k out of range" not in str(error):
+                raise
+            height, width = images.shape[-2:]
+            queries = self.net.config.num_queries
+            raise UserError(
+                f"a canvas of {height} x {width} pixels has too few cells for {queries} queries: "
+                "larger images, or fewer num_queries in model.config"
+            ) from None
 
     def labels(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Labels, and boxes (N, 4) as centre x, centre y, width, height in shares of the canvas."""
@@ -138,19 +151,6 @@ class TransformersDetector(Detector):
             found.append(Prediction(boxes=boxes, scores=scores_BK[image], labels=labels_BK[image]))
         return found
 
-    def _check_queries(self, images_B3HW: Tensor) -> None:
-        """The RT-DETR line picks its queries among the cells of the feature maps."""
-        config = self.net.config
-        strides, queries = getattr(config, "feat_strides", None), getattr(config, "num_queries", 0)
-        if not strides:
-            return
-        height, width = images_B3HW.shape[-2:]
-        cells = sum(-(-height // s) * -(-width // s) for s in strides)
-        if cells < queries:
-            raise UserError(
-                f"model.config num_queries {queries}: a canvas of {height} x {width} pixels has only {cells} cells"
-            )
-
     def _whole_graph(self, batch: Batch, loss: Tensor) -> Tensor:
         """The loss with all trainable parameters in its graph: what it does not depend on enters times zero.
 
@@ -175,9 +175,13 @@ class ExactCriterion:
 
     def __init__(self, criterion: Callable[..., Any]) -> None:
         self.criterion = criterion
+        self.mixes_queries = MIXES_QUERIES and criterion.__name__.startswith(("RTDetrFor", "DFineFor"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if self.mixes_queries and (noise := kwargs.get("denoising_meta_values")):
+            own = noise["dn_num_split"][1]
+            args = tuple(a[:, -own:] if i in (0, 3) else a for i, a in enumerate(args))  # logits, pred_boxes
         with torch.autocast(device, enabled=False), one_process():
             return self.criterion(*(as_float(a) for a in args), **{k: as_float(v) for k, v in kwargs.items()})
 

@@ -179,7 +179,7 @@ def _config(name: str) -> PreTrainedConfig:
             backbone = {"model_type": "resnet", "out_features": stages}
             config = CONFIG_MAPPING[name].from_dict({"use_timm_backbone": False, "backbone_config": backbone})
         return config
-    if not Path(name).is_dir() and name.count("/") != 1:
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         near = difflib.get_close_matches(name, TYPES, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"a hub id (owner/name) or one of {', '.join(TYPES)}"
         raise UserError(f"unknown model 'transformers/{name}': no such folder or model type; {hint}")
@@ -204,10 +204,10 @@ def _pretrained(name: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 def _unreachable(name: str, what: str, error: Exception) -> UserError:
     if Path(name).is_dir():
-        return UserError(f"{what} of the folder {name} cannot be read: {_first_line(error)}")
+        return UserError(f"the {what} in the folder {name} cannot be read: {_first_line(error)}")
     return UserError(
-        f"{what} of '{name}' are not in the local cache and the hub cannot be reached ({_first_line(error)}); "
-        "a local folder or file works without it, and so does a model type (transformers/d_fine) with "
+        f"the {what} of '{name}' can be had neither from the local cache nor from the hub ({_first_line(error)}); "
+        "without a network a local folder or file works, or a model type (transformers/d_fine) with "
         "--model.weights none"
     )
 
