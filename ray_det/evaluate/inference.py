@@ -41,13 +41,13 @@ def infer(
             batch = to_device(micro, device)
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 losses, found = detector.loss_and_predict(batch) if with_loss else (None, detector.predict(batch))
-            detections = [_to_image(prediction, micro, i) for i, prediction in enumerate(found)]
+            detections = [to_image(prediction, micro, i) for i, prediction in enumerate(found)]
             yield Inferred(micro, detections, None if losses is None else float(losses["loss"]))
     finally:
         detector.train(was_training)
 
 
-def _to_image(prediction: Prediction, micro: MicroBatch, i: int) -> Detections:
+def to_image(prediction: Prediction, micro: MicroBatch, i: int) -> Detections:
     """Canvas pixels -> pixels of the stored image, clipped to it."""
     height, width = micro.sizes_B2[i]
     orig_height, orig_width = micro.orig_sizes_B2[i]
