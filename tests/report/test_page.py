@@ -111,7 +111,7 @@ def test_one_epoch(tmp_path):
 def test_thinning_keeps_extremes_order_and_ends():
     ys = np.sin(np.arange(100_000) / 3000) + np.random.default_rng(0).normal(0, 0.1, 100_000)
     ys[77_777], ys[12_345] = 9.0, -9.0
-    points = list(enumerate(ys.tolist()))
+    points: list[tuple[float, float]] = list(enumerate(ys.tolist()))
     thin = thinned(points, 800)
     assert 600 < len(thin) <= 802
     assert {(77_777, 9.0), (12_345, -9.0), points[0], points[-1]} <= set(thin)

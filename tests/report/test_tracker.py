@@ -92,6 +92,22 @@ def test_every_record_is_in_wandb_once_under_its_exact_name(tmp_path):
     assert tracker.lines == 13
 
 
+def test_a_file_of_many_blocks_is_read_whole(tmp_path):
+    """Records cross the edges of blocks of 32 KiB; a restart within the same second gets a folder of its own."""
+    tracker = start(tmp_path)
+    train(tracker, 1, 400)
+    kept = tracker.lines
+    tracker.finish()
+    again = start(tmp_path, keep_lines=kept)
+    train(again, 401, 405)
+    again.finish()
+    last = start(tmp_path, keep_lines=kept)
+    train(last, 401, 405)
+    last.finish()
+    assert next(tmp_path.glob("wandb/offline-run-*-id0/*.wandb")).stat().st_size > 3 * 32768
+    assert steps(rows(tmp_path)) == list(range(1, 406))
+
+
 def test_wandb_own_reader_sees_the_same_and_the_axes(tmp_path):
     tracker = start(tmp_path)
     train(tracker, 1, 5)
@@ -240,10 +256,11 @@ def test_a_step_without_its_loss_is_refused(tmp_path):
         start(tmp_path, "disabled").log_step(1, {"loss": 1.0})
 
 
+@pytest.mark.parametrize("torn", ['{"global_step": 3, "tra', '{"global_step": 3}', ""])
 @pytest.mark.parametrize("keep, left", [(None, 0), (0, 0), (2, 2), (9, 3)])
-def test_metrics_are_cut_to_the_checkpoints_lines(tmp_path, keep, left):
+def test_metrics_are_cut_to_the_checkpoints_lines(tmp_path, keep, left, torn):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"global_step": {k}}}\n' for k in range(3)) + '{"global_step": 3, "tra')
+    path.write_text("".join(f'{{"global_step": {k}}}\n' for k in range(3)) + torn)
     tracker = start(tmp_path, "disabled", keep_lines=keep)
     assert tracker.lines == left
     tracker.log_step(7, {"train/batch_loss": 1.0})
