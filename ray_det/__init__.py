@@ -1,0 +1,26 @@
+"""Distributed training of object detectors on Ray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ray_det.predict.predictor import Predictor
+
+
+def load(location: str, device: str | None = None) -> Predictor:
+    """The detector of a run folder (its best checkpoint) or of a checkpoint, ready to predict in this process.
+
+    Args:
+        location: local path or URI.
+        device: torch's name of it; default: a GPU where there is one.
+
+    Raises:
+        UserError: there is no checkpoint, or a broken one.
+    """
+    import torch  # loader processes import this package, and not torch
+
+    from ray_det.predict.predictor import Predictor, open_checkpoint
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Predictor(open_checkpoint(str(location)), torch.device(name))

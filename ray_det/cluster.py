@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import dataclass
 
 import ray
+from ray.train import ScalingConfig
 
 from ray_det.config import WorkersConfig
 from ray_det.types import UserError
@@ -46,8 +48,17 @@ def prepare_environment() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile its imports anew
 
 
-def require_room(workers: WorkersConfig) -> tuple[bool, float]:
-    """(whether the workers use GPUs, CPUs that are left for loaders), once the cluster has room for all workers.
+@dataclass(frozen=True)
+class Room:
+    """What the cluster gives to each worker of a job."""
+
+    gpu: bool  # whether workers get a GPU each
+    loader_cpus: float  # that a worker's loaders may use
+    threads: int  # torch threads of a worker
+
+
+def require_room(workers: WorkersConfig) -> Room:
+    """What each worker gets, once the cluster has room for all.
 
     Raises:
         UserError: it has none after `start_timeout_s`, where an autoscaler might have added nodes.
@@ -62,7 +73,8 @@ def require_room(workers: WorkersConfig) -> tuple[bool, float]:
         fitting = _fitting(nodes, workers.cpus, gpus=int(gpu))
         left = sum(node.get("CPU", 0) for node in nodes) - workers.num * workers.cpus
         if fitting >= workers.num and left >= 1:
-            return gpu, left
+            share = left / workers.num
+            return Room(gpu, share, workers.threads or max(1, int(share)))
         if local or time.monotonic() > deadline:
             break
         time.sleep(1)
@@ -71,6 +83,12 @@ def require_room(workers: WorkersConfig) -> tuple[bool, float]:
     raise UserError(
         f"no room for {workers.num} workers with {need} each beside a CPU for loaders: the cluster's nodes have {have}"
     )
+
+
+def scaling(workers: WorkersConfig, room: Room) -> ScalingConfig:
+    """Ray Train's words for it."""
+    resources = {"CPU": workers.cpus} | ({"GPU": 1} if room.gpu else {})
+    return ScalingConfig(num_workers=workers.num, use_gpu=room.gpu, resources_per_worker=resources)
 
 
 def _fitting(nodes: list[dict[str, float]], cpus: float, gpus: int) -> int:

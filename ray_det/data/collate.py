@@ -111,13 +111,24 @@ def _load_image(
         view = augment.sample(rng, config, source, (view.height, view.width), canvas)
     if view.height > canvas[0] or view.width > canvas[1]:
         raise AssertionError(f"{uri}: {view} does not fit the planned canvas {canvas}")
-    augment.apply(view, image, canvas_HW3[: view.height, : view.width])
-    fill = MEAN_PIXEL if spec.padding == "mean" else 0
-    canvas_HW3[view.height :] = fill
-    canvas_HW3[: view.height, view.width :] = fill
+    _place(view, image, spec.padding, canvas_HW3)
     boxes, labels = _targets(record)
     boxes, keep = augment.apply_to_boxes(view, box_ops.clip(boxes, *source), config.min_visible if config else 0.0)
     return (view.height, view.width), boxes, labels[keep]
+
+
+def _place(view: augment.View, image_HW3: np.ndarray, padding: str, canvas_HW3: np.ndarray) -> None:
+    """The view of an image top-left on the canvas, the rest filled."""
+    augment.apply(view, image_HW3, canvas_HW3[: view.height, : view.width])
+    fill = MEAN_PIXEL if padding == "mean" else 0
+    canvas_HW3[view.height :] = fill
+    canvas_HW3[: view.height, view.width :] = fill
+
+
+def pad_to_canvas(image_HW3: np.ndarray, fit: tuple[int, int], padding: str, canvas_HW3: np.ndarray) -> None:
+    """What `load` does in evaluation, for an image that is decoded already: resize to (h, w) `fit`, place, fill."""
+    source = (image_HW3.shape[0], image_HW3.shape[1])
+    _place(augment.whole(source, fit), image_HW3, padding, canvas_HW3)
 
 
 def _targets(record: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -78,6 +78,11 @@ class PreflightReport:
     def errors(self) -> int:
         return sum(n for kind, n in self.counts.items() if KINDS[kind][0] == "error")
 
+    @property
+    def notable(self) -> bool:
+        """Whether there is more to read than information."""
+        return any(KINDS[kind][0] != "info" for kind, n in self.counts.items() if n)
+
     def table(self) -> str:
         """Plain text for people: a line per kind that was found, with its first examples."""
         lines = [

@@ -12,7 +12,7 @@ from ray_det.data import coco, files, manifest
 from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
 from ray_det.data.preflight import KINDS, WHERE, PreflightReport, inspect
-from ray_det.types import UserError
+from ray_det.types import ClassList, UserError
 
 _LOOKED_FOR = 100
 """Images that are looked for under a candidate root: the first ones may be the missing ones."""
@@ -141,9 +141,16 @@ def same_classes(train: Manifest, other: Manifest) -> None:
     """Raises:
     UserError: the splits do not have the same categories; the message shows where they differ.
     """
-    a, b = (dict(zip(m.classes.category_ids, m.classes.names, strict=True)) for m in (train, other))
+    same_categories(train.classes, train.source, other.classes, other.source)
+
+
+def same_categories(one: ClassList, one_name: str, other: ClassList, other_name: str) -> None:
+    """Raises:
+    UserError: ids or names of two lists of categories differ.
+    """
+    a, b = (dict(zip(c.category_ids, c.names, strict=True)) for c in (one, other))
     different = [i for i in sorted(a.keys() | b.keys()) if a.get(i) != b.get(i)]
     if different:
         shown = ", ".join(f"id {i}: {a.get(i, 'none')} / {b.get(i, 'none')}" for i in different[:5])
         more = f" and {len(different) - 5} more" if len(different) > 5 else ""
-        raise UserError(f"categories differ between {train.source} and {other.source} ({shown}{more})")
+        raise UserError(f"categories differ between {one_name} and {other_name} ({shown}{more})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,8 @@ def finish(session: Session) -> None:
         best = _best(session, Path(temporary))
     test: dict[str, float] = {}
     if "test" in session.job.manifests:
-        session.runtime.notify({"phase": "testing"})
+        if session.runtime.is_main:
+            session.runtime.notify({"phase": "testing"})
         test = {f"test/{k}": v for k, v in evaluate_split(session, "test").items()}
         if session.tracker:
             session.tracker.log_test(session.state.global_step, test)
@@ -29,6 +31,7 @@ def finish(session: Session) -> None:
         summary = _summary(session, best) | test
         (session.runtime.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         write_page(session.runtime.folder)
+        shutil.rmtree(session.runtime.folder / "staging", ignore_errors=True)
 
 
 def _best(session: Session, temporary: Path) -> Checkpoint:

@@ -9,11 +9,11 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from ray_det.cluster import require_room, start_ray
+from ray_det.cluster import Room, require_room, scaling, start_ray
 from ray_det.config import TrainJobConfig
 from ray_det.data.pipeline import map_chunks
 from ray_det.report.progress import ProgressPrinter
@@ -39,8 +39,7 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
         say(f"run {config.name} is finished: {job.run.uri}")
         return done
     start_ray(job.config.workers)
-    gpu, loader_cpus = require_room(job.config.workers)
-    _fit(job, gpu, loader_cpus / job.config.workers.num)
+    _fit(job, require_room(job.config.workers))
     return job.run.read_json("summary.json")
 
 
@@ -49,21 +48,15 @@ def _map_headers(config: TrainJobConfig, function: Callable[[Any], Any], chunks:
     return map_chunks(function, chunks, connect=partial(start_ray, config.workers))
 
 
-def _fit(job: Job, gpu: bool, loader_cpus: float) -> None:
+def _fit(job: Job, room: Room) -> None:
     config, workers = job.config, job.config.workers
     board = start_board()
-    cores = ray.cluster_resources().get("CPU", 1) - workers.num * workers.cpus
-    threads = workers.threads or max(1, int(cores // workers.num))
-    payload = Payload(config, job.run_id, job.run, job.started_at, threads, loader_cpus, board)
+    payload = Payload(config, job.run_id, job.run, job.started_at, room, board)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"payload": payload},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers.num,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if gpu else {}),
-        ),
+        torch_config=TorchConfig(backend="nccl" if room.gpu else "gloo"),
+        scaling_config=scaling(workers, room),
         run_config=RunConfig(
             name=config.name,
             storage_path=job.run.uri.rsplit("/", 1)[0],

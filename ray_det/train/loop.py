@@ -168,7 +168,8 @@ def _end_epoch(session: Session) -> None:
         session.state = state = replace(state, best_ap=ap, best_step=state.global_step)
     if better or ("val" not in session.job.manifests and done == epochs):
         session.save_best()
-    _notify(session, "training", message=_epoch_line(record, done, epochs, better))
+    if session.runtime.is_main:
+        session.runtime.notify({"message": _epoch_line(record, done, epochs, better)})
     session.state = state.next_epoch()
 
 
@@ -181,7 +182,7 @@ def _epoch_line(record: dict[str, float], done: int, epochs: int, better: bool) 
 
 def _announce(session: Session, plan: EpochPlan) -> None:
     """Say once what the plan makes of the data."""
-    if session.state.epoch:
+    if session.state.epoch or not session.runtime.is_main:
         return
     number, size = plan.rows_SMB.shape[1:]
     text = f"{plan.steps} steps per epoch, {number} x {size} images each"
@@ -189,7 +190,7 @@ def _announce(session: Session, plan: EpochPlan) -> None:
         text += f"; {plan.wrapped} images are seen twice to fill an epoch's last batch"
     if plan.dropped:
         text += f"; {plan.dropped} images are left out of each epoch (data.last_batch: drop)"
-    _notify(session, "training", message=text)
+    session.runtime.notify({"message": text})
 
 
 def _notify(session: Session, phase: str, **more: Any) -> None:

@@ -83,14 +83,21 @@ def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: M
             continue
         cache = cache_folder(config.storage) / "manifests"
         manifest, report = prepare(source, config.data.images, cache, strict=config.data.strict, map_chunks=map_chunks)
-        if report is not None and report.findings:
-            say(f"{split}: {source}\n{report.table()}")
+        say(f"{split}: {report.table() if report and report.notable else _one_line(source, manifest)}")
         manifests[split] = manifest
         if split == "train":
             require_trainable(manifest)
         else:
             same_classes(manifests["train"], manifest)
     return manifests
+
+
+def _one_line(source: str, manifest: Manifest) -> str:
+    counts = manifest.counts
+    return (
+        f"{source}: {counts['trainable_images']} of {counts['images']} images and {counts['trainable_boxes']} of "
+        f"{counts['boxes']} boxes usable in training, {len(manifest.classes)} classes"
+    )
 
 
 def _resolved(config: TrainJobConfig, known: dict[str, Any] | None) -> TrainJobConfig:

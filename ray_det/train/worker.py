@@ -15,6 +15,7 @@ import ray.train.torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 
+from ray_det.cluster import Room
 from ray_det.config import TrainJobConfig
 from ray_det.data.manifest import Manifest, read_manifest
 from ray_det.data.pipeline import stream
@@ -34,8 +35,7 @@ class Payload:
     run_id: str
     run: Folder
     started_at: float
-    threads: int
-    loader_cpus: float  # that one worker's loaders may use
+    room: Room
     board: ActorHandle
 
 
@@ -65,8 +65,8 @@ def _train(payload: Payload) -> None:
             context.get_world_size(),
             ray.train.torch.get_device(),
             _host_group(context.get_world_size()),
-            payload.threads,
-            partial(stream, loader_cpus=payload.loader_cpus),
+            payload.room.threads,
+            partial(stream, loader_cpus=payload.room.loader_cpus),
             partial(_commit, run=run, folder=folder),
             payload.board.post.remote,
             folder,

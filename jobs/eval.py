@@ -1,0 +1,59 @@
+"""COCO metrics of a checkpoint on a data set: the numbers that training gives for the same data.
+
+python jobs/eval.py --checkpoint runs/cells --data.val test.json --output evaluated/
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from ray_det import cli
+from ray_det.config import Section, WorkersConfig
+
+
+class EvalDataConfig(Section):
+    val: str = Field(description="COCO JSON or manifest to evaluate on")
+    images: str | None = Field(default=None, description="root of every `file_name`; default: found beside the JSON")
+
+
+class EvalJobConfig(Section):
+    checkpoint: str = Field(description="run folder (its best checkpoint) or checkpoint, path or URI")
+    data: EvalDataConfig
+    output: str = Field(description="folder or URI that gets summary.json, detections.json and detections.parquet")
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="images per forward pass; default: as in training"
+    )
+    workers: WorkersConfig = WorkersConfig()
+
+
+def main() -> None:
+    config, _ = cli.parse(EvalJobConfig, sys.argv[1:], description=__doc__ or "")
+    from ray_det.data.prepare import prepare, same_categories
+    from ray_det.evaluate.coco_eval import coco_metrics
+    from ray_det.predict.launch import DETECTIONS, InferJob, infer_on_workers
+    from ray_det.predict.predictor import open_checkpoint
+    from ray_det.report.progress import results_table
+    from ray_det.storage import Folder
+
+    checkpoint = open_checkpoint(config.checkpoint)
+    manifest, report = prepare(config.data.val, config.data.images, Path.home() / ".cache" / "ray_det" / "manifests")
+    if report and report.notable:
+        print(report.table())
+    same_categories(checkpoint.classes, config.checkpoint, manifest.classes, config.data.val)
+    output = Folder.at(config.output)
+    job = InferJob(Folder.at(config.checkpoint).uri, manifest, output, config.batch_size, min_score=0.0)
+    infer_on_workers(job, config.workers)
+    metrics = coco_metrics(manifest.ground_truth(), output.read_json(DETECTIONS), manifest.classes)
+    summary = {f"val/{name}": value for name, value in metrics.items()}
+    output.write_text("summary.json", json.dumps(summary, indent=1))
+    print(results_table(summary))
+    print(f"{output.uri}/summary.json")
+
+
+if __name__ == "__main__":
+    cli.main(main)

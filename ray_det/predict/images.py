@@ -1,0 +1,71 @@
+"""Images named by a folder, a glob, a URI or a COCO JSON, as a manifest without annotations."""
+
+from __future__ import annotations
+
+import glob
+import json
+import posixpath
+from pathlib import Path
+
+from pyarrow import fs
+
+from ray_det.data import files
+from ray_det.data.coco import parse
+from ray_det.data.manifest import Manifest, build
+from ray_det.data.preflight import inspect
+from ray_det.types import ClassList, UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
+
+
+def image_manifest(source: str, classes: ClassList, ids_from: str | None = None) -> Manifest:
+    """A manifest of the images that `source` names: a folder (searched in depth), a glob, a file, or a URI of a folder.
+
+    Args:
+        ids_from: a COCO JSON whose image ids are taken, by file name; default: 1, 2, … in the order of the names.
+
+    Raises:
+        UserError: there is no image, or one that `ids_from` does not have.
+    """
+    root, names = _find(source)
+    if not names:
+        raise UserError(f"no images at {source}: looked for {', '.join(SUFFIXES)}")
+    ids = _ids(names, ids_from) if ids_from else range(1, len(names) + 1)
+    document = {
+        "images": [{"id": i, "file_name": name} for i, name in zip(ids, names, strict=True)],
+        "annotations": [],
+        "categories": classes.to_json(),
+    }
+    checked, _ = inspect(parse(json.dumps(document).encode(), source), root)
+    return build(checked, root)
+
+
+def _find(source: str) -> tuple[str, list[str]]:
+    """(root, sorted names under it)."""
+    if files.has_scheme(source) and not source.startswith("file://"):
+        filesystem, path = files.resolve(source)
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        names = [posixpath.relpath(i.path, path) for i in found if i.type == fs.FileType.File]
+        return source.rstrip("/"), _images(names)
+    path = Path(files.absolute(source))
+    if path.is_dir():
+        return str(path), _images([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
+    if path.is_file():
+        return str(path.parent), [path.name]
+    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    base = Path(str(path).split("*")[0].split("?")[0].split("[")[0])
+    root = base if base.is_dir() else base.parent
+    return str(root), _images([m.relative_to(root).as_posix() for m in matches if m.is_file()])
+
+
+def _images(names: list[str]) -> list[str]:
+    return sorted(name for name in names if name.lower().endswith(SUFFIXES))
+
+
+def _ids(names: list[str], ids_from: str) -> list[int]:
+    data = parse(files.read_bytes(ids_from), ids_from)
+    known = dict(zip(data.file_names, data.image_ids_I.tolist(), strict=True))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{name} is not among the images of {ids_from}")
+    return [known[name] for name in names]

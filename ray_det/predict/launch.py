@@ -1,0 +1,122 @@
+"""A checkpoint over many images on Ray's train workers: what `jobs/eval.py` and `jobs/predict.py` run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.train
+import ray.train.torch
+import torch.distributed as dist
+from ray.train import RunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from ray_det.cluster import Room, require_room, scaling, start_ray
+from ray_det.config import WorkersConfig
+from ray_det.data.manifest import Manifest
+from ray_det.data.pipeline import stream
+from ray_det.evaluate.coco_eval import to_coco
+from ray_det.evaluate.gather import gather_lists, require_each_once
+from ray_det.evaluate.split import infer_split, readable_rows
+from ray_det.predict.predictor import open_checkpoint
+from ray_det.storage import Folder
+from ray_det.train.step import make_deterministic, use_bf16
+from ray_det.types import ClassList, Detections, UserError
+
+DETECTIONS = "detections.json"
+
+
+@dataclass(frozen=True)
+class InferJob:
+    """What every worker gets."""
+
+    checkpoint: str
+    manifest: Manifest
+    output: Folder
+    batch_size: int | None  # None: as in the training of the checkpoint
+    min_score: float
+
+
+def infer_on_workers(job: InferJob, workers: WorkersConfig) -> None:
+    """Predict every readable image of the manifest once; rank 0 writes detections.json and detections.parquet.
+
+    Raises:
+        UserError: no room for the workers, or an image or checkpoint that cannot be read.
+    """
+    start_ray(workers)
+    room = require_room(workers)
+    with tempfile.TemporaryDirectory(prefix="ray_det_") as scratch:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job, "room": room},
+            torch_config=TorchConfig(backend="nccl" if room.gpu else "gloo"),
+            scaling_config=scaling(workers, room),
+            run_config=RunConfig(name="infer", storage_path=scratch),
+        )
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                if isinstance(failure, UserError):
+                    raise UserError(str(getattr(failure, "cause", failure))) from None
+            raise
+
+
+def _worker(config: dict[str, Any]) -> None:
+    job: InferJob = config["job"]
+    room: Room = config["room"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    make_deterministic(room.threads, deterministic=device.type == "cpu")
+    checkpoint = open_checkpoint(job.checkpoint)
+    run = checkpoint.config
+    detections: list[Detections] = []
+    for inferred in infer_split(
+        checkpoint.build(device),
+        job.manifest,
+        run.data,
+        partial(stream, loader_cpus=room.loader_cpus),
+        device,
+        batch_size=job.batch_size or run.eval.batch_size or cast(int, run.train.micro_batch_size),
+        rank=rank,
+        world=world,
+        bf16=use_bf16(run.train.precision, device),
+    ):
+        detections += inferred.detections
+    group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None
+    everything = gather_lists(detections, group)
+    if everything is not None:
+        require_each_once(everything, job.manifest.table["image_id"].to_numpy()[readable_rows(job.manifest)])
+        _write(job, everything, checkpoint.classes)
+
+
+def _write(job: InferJob, detections: list[Detections], classes: ClassList) -> None:
+    """COCO results and the same as a Parquet table, in the order of the images."""
+    table = job.manifest.table
+    order = {image_id: i for i, image_id in enumerate(table["image_id"].to_pylist())}
+    results = to_coco(sorted(detections, key=lambda d: order[d.image_id]), classes)
+    results = [r for r in results if r["score"] >= job.min_score]
+    job.output.write_text(DETECTIONS, json.dumps(results))
+    names = dict(zip(table["image_id"].to_pylist(), table["uri"].to_pylist(), strict=True))
+    by_id = dict(zip(classes.category_ids, classes.names, strict=True))
+    columns = {
+        "image_id": pa.array([r["image_id"] for r in results], pa.int64()),
+        "file_name": pa.array([names[r["image_id"]] for r in results], pa.string()),
+        "category_id": pa.array([r["category_id"] for r in results], pa.int64()),
+        "class": pa.array([by_id[r["category_id"]] for r in results], pa.string()),
+        "score": pa.array([r["score"] for r in results], pa.float32()),
+        "bbox": pa.array([r["bbox"] for r in results], pa.list_(pa.float32(), 4)),  # xywh, pixels of the stored image
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "detections.parquet"
+        pq.write_table(pa.table(columns), path)
+        job.output.upload(path, path.name)
