@@ -19,7 +19,7 @@ from ray_det.config import WandbConfig
 from ray_det.report.metrics_file import MetricsFile, read_records
 from ray_det.report.pictures import Picture
 from ray_det.report.tracker import Tracker
-from ray_det.report.wandb_log import read_history
+from ray_det.report.wandb_log import read_history, sent_before
 from ray_det.report.wandb_run import WandbRun
 
 
@@ -93,7 +93,7 @@ def test_every_record_is_in_wandb_once_under_its_exact_name(tmp_path):
 
 
 def test_a_file_of_many_blocks_is_read_whole(tmp_path):
-    """Records cross the edges of blocks of 32 KiB; a restart within the same second gets a folder of its own."""
+    """Records cross the edges of blocks of 32 KiB."""
     tracker = start(tmp_path)
     train(tracker, 1, 400)
     kept = tracker.lines
@@ -101,11 +101,20 @@ def test_a_file_of_many_blocks_is_read_whole(tmp_path):
     again = start(tmp_path, keep_lines=kept)
     train(again, 401, 405)
     again.finish()
-    last = start(tmp_path, keep_lines=kept)
-    train(last, 401, 405)
-    last.finish()
     assert next(tmp_path.glob("wandb/offline-run-*-id0/*.wandb")).stat().st_size > 3 * 32768
     assert steps(rows(tmp_path)) == list(range(1, 406))
+
+
+def test_the_second_folder_of_a_second_counts(tmp_path):
+    """Where two starts fall into one second, wandb puts -1 behind the second folder's name."""
+    tracker = start(tmp_path)
+    train(tracker, 1, 4)
+    tracker.finish()
+    folder = next(tmp_path.glob("wandb/offline-run-*-id0"))
+    folder.rename(folder.with_name(folder.name + "-1"))
+    sent = sent_before(tmp_path / "wandb", "id0")
+    assert sent is not None
+    assert sent.through == {"step": 4, "epoch": -1, "test": -1}
 
 
 def test_wandb_own_reader_sees_the_same_and_the_axes(tmp_path):
