@@ -57,9 +57,11 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise UserError(f"weights file not found: {path}")
     try:
         content = load_file(file) if file.suffix == ".safetensors" else _torch_load(file)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise UserError(f"weights file {path} holds pickled objects; only plain tensors are loaded") from None
+        raise UserError(f"weights file {path} cannot be read: neither torch nor safetensors") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"weights file {path} cannot be read: {reason}") from None
     state = _unwrap(content)

@@ -47,8 +47,8 @@ def gradient_gap(family: str, rank: int) -> float:
 
 def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    address = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     results = {f: empty_steps(f, rank) | {"gap": gradient_gap(f, rank)} for f in FAMILIES}
     (folder / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 
 import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ray_det.models.detector import Batch, Prediction
-from tests.models.zoo import CLASSES, CNNS, DETRS, batch, build
+from ray_det.models.detector import Batch, Detector, Prediction
+from tests.models.zoo import CLASSES, CNNS, batch, build
 
-STEPS = {"fcos": 60, "retinanet": 60, "fasterrcnn": 60, "d_fine": 60, "rt_detr_v2": 60, "detr": 60}
+RECIPES = {  # learning rate, largest gradient norm, steps
+    "fcos": (2e-3, 5.0, 60),
+    "retinanet": (1e-3, 5.0, 100),
+    "fasterrcnn": (2e-3, 5.0, 60),
+    "d_fine": (1e-3, 5.0, 70),
+    "rt_detr_v2": (1e-3, 5.0, 40),
+    "detr": (1e-3, 0.5, 500),
+}
 
 
-def train(family: str, learning_rate: float):
+def train(family: str, steps: int | None = None) -> tuple[Detector, Batch, list[float]]:
     """(detector, batch, losses of all steps)."""
+    learning_rate, clip, recipe_steps = RECIPES[family]
     detector, pictures = build(family).train(), batch(8)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=learning_rate)
     losses = []
-    for _ in range(STEPS[family]):
+    for _ in range(steps or recipe_steps):
         optimizer.zero_grad()
         loss = detector(pictures)["loss"]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), clip)
         optimizer.step()
         losses.append(loss.item())
     return detector.eval(), pictures, losses
@@ -39,7 +48,7 @@ def ap50(pictures: Batch, predictions: list[Prediction]) -> float:
             annotations.append({"image_id": image, "category_id": label, **_xywh(box), "iscrowd": 0})
         for box, label, score in zip(*(found[k].tolist() for k in ("boxes", "labels", "scores")), strict=True):
             results.append({"image_id": image, "category_id": label, **_xywh(box), "score": score})
-    truth = COCO()
+    truth: Any = COCO()
     truth.dataset = {
         "images": [{"id": i} for i in range(len(predictions))],
         "categories": [{"id": i} for i in range(len(CLASSES))],
@@ -62,12 +71,18 @@ def _xywh(box: list[float]) -> dict:
 
 @pytest.mark.parametrize("family", CNNS)
 def test_cnns_find_what_they_learned(family):
-    detector, pictures, _ = train(family, 2e-3)
+    detector, pictures, _ = train(family)
     with torch.inference_mode():
         assert ap50(pictures, detector.predict(pictures)) >= 0.8
 
 
-@pytest.mark.parametrize("family", DETRS)
+@pytest.mark.parametrize("family", ["d_fine", "rt_detr_v2", pytest.param("detr", marks=pytest.mark.slow)])
 def test_detrs_bring_the_loss_to_a_third(family):
-    _, _, losses = train(family, 1e-3)
+    _, _, losses = train(family)
     assert sum(losses[-3:]) / 3 <= losses[0] / 3
+
+
+def test_detr_sets_out_towards_a_third():
+    """DETR learns slowly: the whole way is a slow test."""
+    _, _, losses = train("detr", steps=100)
+    assert sum(losses[-3:]) / 3 <= losses[0] * 0.7

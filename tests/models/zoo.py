@@ -137,6 +137,8 @@ def spread_scores(detector: Detector) -> Detector:
         for name, parameter in detector.named_parameters():
             if any(part in name for part in ("cls_logits", "cls_score", "class_embed", "class_labels_classifier")):
                 parameter += 0.5 * torch.randn_like(parameter)
+                if name.endswith("bias"):
+                    parameter.clamp_(min=-1.0)  # RetinaNet's prior of 0.01 is below its threshold
             elif any(part in name for part in ("bbox_reg", "bbox_pred", "bbox_embed", "bbox_predictor")):
                 parameter += 0.02 * torch.randn_like(parameter)
     return detector.eval()

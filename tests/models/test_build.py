@@ -1,0 +1,188 @@
+"""Names and arguments: what exists is built, what does not is an error that names the nearest."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from ray_det.config import ModelConfig
+from ray_det.models.build import build_detector
+from ray_det.models.torchvision_backbones import build_trunk
+from ray_det.models.torchvision_build import BUILDERS
+from ray_det.types import UserError
+from tests.models.zoo import CLASSES, CPU, DETR, FAMILIES, HGNET, RT_DETR, batch, gradients
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels"),
+    [
+        ("resnet18", [64, 128, 256, 512]),
+        ("mobilenet_v2", [24, 32, 96, 1280]),
+        ("mobilenet_v3_small", [16, 24, 48, 576]),
+        ("mobilenet_v3_large", [24, 40, 112, 960]),
+        ("efficientnet_b0", [24, 40, 112, 1280]),
+        ("convnext_tiny", [96, 192, 384, 768]),
+        ("regnet_y_400mf", [48, 104, 208, 440]),
+        ("densenet121", [256, 512, 1024, 1024]),
+        ("swin_t", [96, 192, 384, 768]),
+    ],
+)
+def test_strides_and_channels_of_backbones(backbone, channels):
+    trunk = build_trunk(backbone, (4, 8, 16, 32)).eval()
+    with torch.inference_mode():
+        maps = trunk(torch.zeros(1, 3, 64, 96))
+    assert trunk.channels == channels
+    assert [tuple(m.shape[1:]) for m in maps.values()] == [
+        (c, 64 // s, 96 // s) for c, s in zip(channels, (4, 8, 16, 32), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "swin_t"])
+def test_nothing_of_the_trunk_is_unused(backbone):
+    trunk = build_trunk(backbone, (8, 16, 32)).train()
+    maps = trunk(torch.rand(2, 3, 64, 96))
+    torch.stack([m.sum() for m in maps.values()]).sum().backward()
+    gradients(trunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILDERS)
+def test_torchvisions_own_detectors(name):
+    detector, _ = build_detector(ModelConfig(name=f"torchvision/{name}", weights="none"), CLASSES)
+    detector.train()(batch())["loss"].backward()
+    gradients(detector)
+    with torch.inference_mode():
+        assert len(detector.eval().predict(batch())) == 3
+
+
+def test_a_builders_name_with_other_channels_is_built_from_its_parts():
+    config = ModelConfig(name="torchvision/fcos_resnet50_fpn", weights="none", fpn_channels=64)
+    detector: Any = build_detector(config, CLASSES)[0]
+    assert detector.net.backbone.out_channels == 64
+
+
+def test_arguments_reach_torchvisions_detector():
+    def network(family: str, **config: Any) -> Any:
+        return build_detector(FAMILIES[family].model_copy(update={"config": config}), CLASSES)[0].net
+
+    assert (network("fcos").score_thresh, network("fcos").detections_per_img) == (0.05, 100)
+    assert network("fcos", score_thresh=0.3).score_thresh == 0.3
+    assert network("fasterrcnn", detections_per_img=7).roi_heads.detections_per_img == 7
+    assert network("fcos", anchor_sizes=[4, 8, 16, 32, 64]).anchor_generator.sizes[0] == (4,)
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "deformable_detr", "conditional_detr", "deimv2", "table-transformer"])
+def test_other_detection_transformers(kind):
+    config: dict[str, Any] = DETR
+    if kind == "rt_detr":
+        config = FAMILIES["rt_detr_v2"].config
+    elif kind == "deimv2":
+        config = RT_DETR | {"backbone_config": HGNET, "encoder_in_channels": [48, 64, 96], "depth_mult": 0.34}
+    elif kind == "deformable_detr":
+        config = DETR | {"num_feature_levels": 3}
+    torch.manual_seed(0)
+    detector, _ = build_detector(ModelConfig(name=f"transformers/{kind}", weights="none", config=config), CLASSES)
+    for boxes in (True, False):
+        detector.train().zero_grad()
+        losses = detector(batch(boxes=boxes))
+        losses["loss"].backward()
+        gradients(detector)
+        assert sum(losses[n].item() for n in detector.loss_names) == pytest.approx(losses["loss"].item(), rel=1e-5)
+
+
+def test_defaults_of_a_model_type():
+    detector: Any = build_detector(FAMILIES["detr"], CLASSES)[0]
+    config = detector.net.config
+    assert config.backbone_config.model_type == "resnet" and config.auxiliary_loss
+    assert config.id2label == {0: "red", 1: "green", 2: "blue"}
+    fixed = FAMILIES["d_fine"].config | {"eval_size": 640, "anchor_image_size": [640, 640]}
+    detector = build_detector(FAMILIES["d_fine"].model_copy(update={"config": fixed}), CLASSES)[0]
+    assert detector.net.config.eval_size is None and detector.net.config.anchor_image_size is None
+
+
+def test_boxes_are_counted_in_the_micro_batch_alone(monkeypatch):
+    """An initialised `accelerate` in the process must not average them over its ranks."""
+    from ray_det.models import transformers_adapter
+
+    class PartialState:
+        _shared_state = {"num_processes": 2}
+
+    monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(PartialState=PartialState))
+    with transformers_adapter.one_process():
+        assert PartialState._shared_state == {}
+    assert PartialState._shared_state == {"num_processes": 2}
+
+
+def test_too_small_a_canvas_for_the_queries_is_told():
+    config = FAMILIES["d_fine"].config | {"num_queries": 500}
+    detector, _ = build_detector(FAMILIES["d_fine"].model_copy(update={"config": config}), CLASSES)
+    with pytest.raises(UserError, match="96 x 128 pixels has too few cells for 500 queries"):
+        detector.to(CPU)(batch())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("fcos_resnet18_fpn", {}, "unknown model 'fcos_resnet18_fpn': torchvision/"),
+        ("torchvision/fcs_resnet18_fpn", {}, "did you mean fcos_resnet18_fpn"),
+        ("torchvision/fcos_resnet19_fpn", {}, "no backbone 'resnet19'; did you mean resnet18"),
+        ("torchvision/fcos_vit_b_16_fpn", {}, "'vit_b_16' has no feature pyramid: no feature map at stride"),
+        ("torchvision/fcos_resnet18_fpn", {"score_tresh": 0.1}, "no argument 'score_tresh'; nearest: score_thresh"),
+        ("torchvision/fcos_resnet18_fpn", {"anchor_sizes": [8, 16]}, "for 2 levels, .* has 5"),
+        ("torchvision/retinanet_resnet18_fpn", {"anchor_sizes": [[8, 9], 1, 2, 3, 4]}, "equally many anchors"),
+        ("transformers/d_fin", {}, "no such folder or model type; did you mean d_fine"),
+        ("transformers//no/such/folder", {}, "no such folder"),
+        ("transformers/d_fine", {"num_querys": 3}, "no field 'num_querys'; nearest: num_queries"),
+        ("transformers/d_fine", {"backbone_config": {"depth": [1]}}, "backbone_config: no field 'depth'; nearest: d"),
+        ("transformers/d_fine", {"num_labels": 3}, "num_labels follows from the data set"),
+        ("transformers/d_fine", {"d_model": 100}, "100 must be divisible"),
+        ("transformers/detr", {"backbone_config": {"model_type": "resnt"}}, "no model type 'resnt'; nearest: resnet"),
+    ],
+)
+def test_wrong_names_and_fields_are_one_line(name, config, message):
+    with pytest.raises(UserError, match=message) as raised:
+        build_detector(ModelConfig(name=name, weights="none", config=config), CLASSES)
+    assert "\n" not in str(raised.value)
+
+
+def test_fpn_channels_that_norms_cannot_divide():
+    with pytest.raises(UserError, match="fpn_channels 40: the norms of FCOS need a multiple of 32"):
+        build_detector(FAMILIES["fcos"].model_copy(update={"fpn_channels": 40}), CLASSES)
+
+
+def test_a_model_type_has_no_default_weights():
+    with pytest.raises(UserError, match="--model.weights none"):
+        build_detector(ModelConfig(name="transformers/detr", weights="default", config=DETR), CLASSES)
+
+
+def test_default_weights_out_of_reach_are_one_line(monkeypatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(UserError, match="resnet18.*no route to host; --model.weights none") as raised:
+        build_detector(ModelConfig(name="torchvision/fcos_resnet18_fpn"), CLASSES)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("reached", ["config", "weights"])
+def test_a_hub_out_of_reach_is_one_line(monkeypatch, reached):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your connection")
+
+    from ray_det.models import transformers_build
+
+    config = transformers_build.override(CONFIG_MAPPING["detr"].from_dict({"use_timm_backbone": False}), DETR, "")
+    if reached == "config":
+        monkeypatch.setattr(transformers_build.AutoConfig, "from_pretrained", refuse)
+    else:
+        monkeypatch.setattr(transformers_build.AutoConfig, "from_pretrained", lambda *_: config)
+        monkeypatch.setattr(transformers_build.AutoModelForObjectDetection, "from_pretrained", refuse)
+    with pytest.raises(UserError, match="of 'owner/detr'.*couldn't connect.*--model.weights none") as raised:
+        build_detector(ModelConfig(name="transformers/owner/detr"), CLASSES)
+    assert "\n" not in str(raised.value)
