@@ -1,0 +1,48 @@
+"""One rank of the gather tests: python -m tests.evaluate.gather_worker FOLDER RANK. Writes FOLDER/RANK.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from ray_det.evaluate.gather import gather_lists
+from ray_det.types import Detections
+
+IDS = ([30, 10], [20, 50, 40])
+"""Images of each rank: unequally many."""
+
+
+def detections(image_id: int) -> Detections:
+    """As many boxes as the id has tens."""
+    n = image_id // 10
+    boxes = np.arange(4 * n, dtype=np.float32).reshape(n, 4) + image_id
+    return Detections(image_id, boxes, np.linspace(1, 0, n, dtype=np.float32), np.arange(n))
+
+
+def as_json(found: list[Detections] | None) -> list | None:
+    if found is None:
+        return None
+    return [[d.image_id, d.boxes_N4.tolist(), d.scores_N.tolist(), d.labels_N.tolist()] for d in found]
+
+
+def main(folder: Path, rank: int) -> None:
+    address = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    turned = dist.new_group([1, 0], sort_ranks=False)  # rank 1 is its rank 0
+    assert isinstance(turned, dist.ProcessGroup)
+    results = {
+        "joined": as_json(gather_lists([detections(i) for i in IDS[rank]], dist.group.WORLD)),
+        "one_empty": as_json(gather_lists([detections(i) for i in IDS[rank]] if rank else [], dist.group.WORLD)),
+        "turned": gather_lists([rank], turned),
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
