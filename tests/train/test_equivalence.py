@@ -1,0 +1,110 @@
+"""A run that was stopped is the run that was not; a run on several workers is the run on one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models.zoo import CNNS, FAMILIES, build
+from tests.train.runner import records, run_alone, run_ranks
+
+STEPS = 3  # per epoch: 16 images in global batches of 6
+
+
+def spec(
+    small_coco: dict[str, Path], storage: Path, family: str, *, epochs: int, world: int = 1, lr: float = 1e-3
+) -> dict[str, Any]:
+    config = {
+        "name": "run",
+        "storage": str(storage),
+        "data": {k: str(v) for k, v in small_coco.items()} | {"image_size": 96},
+        "model": FAMILIES[family].model_dump(),
+        "optim": {"lr": lr, "interval": "step", "warmup_steps": 4},
+        "train": {
+            "epochs": epochs,
+            "global_batch_size": 6,
+            "micro_batch_size": 1,
+            "checkpoint_every_steps": 1,
+            "precision": "fp32",
+        },
+        "eval": {"batch_size": 2},
+        "workers": {"num": world},
+        "wandb": {"mode": "disabled"},
+    }
+    return {"config": config, "world": world}
+
+
+def same_checkpoint(one: Path, other: Path) -> None:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    if (one / "optimizer.pt").exists():
+        a, b = (torch.load(p / "optimizer.pt", weights_only=True)["state"] for p in (one, other))
+        assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+
+
+@pytest.mark.parametrize("family", ["fcos", "d_fine"])
+def test_resumed_anywhere_is_never_stopped(family, small_coco, tmp_path):
+    """Bit-equal weights, optimizer, metrics and best checkpoint: from mid-epoch, before validation, before the test."""
+    torch.set_num_threads(1)
+    whole = run_alone(spec(small_coco, tmp_path / "whole", family, epochs=2))
+    names = sorted(p.name for p in (whole / "kept").iterdir())
+    assert [n.split("_")[2] for n in names] == ["train", "train", "validate", "train", "train", "test", "validate"]
+    for name in (names[0], names[2], names[4], names[6], names[5]):
+        resumed = tmp_path / name / "run"
+        resumed.mkdir(parents=True)
+        for left in ("metrics.jsonl", "run.json"):
+            shutil.copy(whole / left, resumed / left)
+        if json.loads((whole / "kept" / name / "state.json").read_text())["state"]["best_step"]:
+            shutil.copytree(whole / "best", resumed / "best")
+        again = run_alone(
+            spec(small_coco, tmp_path / name, family, epochs=2) | {"checkpoint": str(whole / "kept" / name)}
+        )
+        assert records(again) == records(whole), name
+        same_checkpoint(whole / "best", again / "best")
+        last = f"checkpoint_{2 * STEPS:08d}_test"
+        same_checkpoint(whole / "kept" / last, (again if (again / "kept" / last).exists() else whole) / "kept" / last)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "fcos",
+        pytest.param("d_fine"),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("retinanet", "fasterrcnn", "rt_detr_v2", "detr")),
+    ],
+)
+def alone(request, small_coco, tmp_path_factory):
+    """(spec, records of 21 steps on one worker), with frozen batch norms.
+
+    With the statistics of a single picture's 3 x 3 cells, batch norms that train turn 1e-8 into 1e-2 within steps.
+    """
+    storage, family = tmp_path_factory.mktemp("alone"), request.param
+    weights = storage / "weights.safetensors"
+    save_file(build(family).get_submodule("net").state_dict(), weights)
+    asked = spec(small_coco, storage, family, epochs=7, lr=5e-5)
+    if family in CNNS:  # batch norms are frozen where weights are loaded
+        asked["config"]["model"]["weights"] = str(weights)
+    return asked, records(run_ranks(asked, storage))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_workers_change_nothing(alone, world, small_coco, tmp_path):
+    """Losses and gradient norms of 21 steps in fp32 to 1e-3; every val image once (asserted by the run itself)."""
+    asked, expected = alone
+    if world == 3 and "fcos" not in asked["config"]["model"]["name"]:
+        pytest.skip("three workers are compared for one family")
+    config = asked["config"] | {"storage": str(tmp_path), "workers": {"num": world}}
+    found = records(run_ranks({"config": config, "world": world}, tmp_path))
+    steps = [(a, b) for a, b in zip(expected, found, strict=True) if "train/batch_loss" in a]
+    assert len(steps) == 7 * STEPS
+    for a, b in steps:
+        assert b["train/batch_loss"] == pytest.approx(a["train/batch_loss"], rel=1e-3), a["global_step"]
+        assert b["train/padded_share"] == pytest.approx(a["train/padded_share"], abs=1e-6)
+        assert b["train/learning_rate"] == a["train/learning_rate"]
+    assert steps[0][1]["train/grad_norm"] == pytest.approx(steps[0][0]["train/grad_norm"], rel=1e-4)
