@@ -162,10 +162,9 @@ class TwoStageDetector(Detector):
     def second_stage(self, proposals: Proposals, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (sum R, 1 + C) and deltas (sum R, 4 (1 + C)) in float32; class 0 is the background."""
         pool = cast(MultiScaleRoIAlign, self.roi_heads.box_roi_pool)
-        # The pool guesses each level's scale from the images it meets first and keeps it: real sizes would mislead it.
-        pool.scales = pool.map_levels = None
         with full_precision(boxes[0]):
             features = {name: level.float() for name, level in proposals.features.items()}
+            # The pool guesses every level's scale from these sizes, once for all: real sizes would mislead it.
             pooled = pool(features, boxes, [proposals.canvas] * len(boxes))
         logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
         return logits.float(), deltas.float()

@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Batch
 from ray_det.types import IMAGENET_MEAN
-from tests.models.zoo import CLASSES, DETRS, FAMILIES, SIZES, batch, build, gradients, spread_scores
+from tests.models.zoo import CLASSES, CNNS, DETRS, FAMILIES, SIZES, batch, build, gradients, spread_scores
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -56,9 +56,11 @@ def test_the_validation_loss_is_a_function_of_the_batch(family):
         torch.manual_seed(1)
         first = detector.loss(batch())["loss"]
         torch.manual_seed(2)
+        state = torch.get_rng_state()
         both, predictions = detector.loss_and_predict(batch())
         alone = detector.predict(batch())
     assert first == both["loss"]
+    assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(predictions, alone, strict=True):
         assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["scores"], b["scores"])
 
@@ -169,6 +171,14 @@ def test_under_bfloat16_losses_and_boxes_stay_float32(family):
         assert losses["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.05)
     for prediction in predictions:
         assert prediction["boxes"].dtype == prediction["scores"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", CNNS)
+def test_anchors_are_not_rounded_to_bfloat16(family):
+    detector: Any = build(family).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        outputs = detector.propose(batch()) if family == "fasterrcnn" else detector.outputs(batch())
+    assert all(anchors.dtype == torch.float32 for anchors in outputs.anchors)
 
 
 @pytest.mark.parametrize("family", DETRS)
