@@ -58,12 +58,18 @@ def test_a_box_mostly_cut_off_is_not_taught():
     assert moved.tolist() == [[0, 0, 30, 10]]
 
 
+def recolour(image: np.ndarray, config: AugmentConfig, *draws: float) -> np.ndarray:
+    matrix = augment._colour(config, *draws)
+    assert matrix is not None
+    return cv2.transform(image, matrix)
+
+
 def test_colour_matrix_is_brightness_contrast_saturation():
     image = np.full((2, 2, 3), (200, 100, 50), np.uint8)
     config = AugmentConfig(brightness=0.5, contrast=0, saturation=0)
-    bright = cv2.transform(image, augment._colour(config, 1, 0, 0))
+    bright = recolour(image, config, 1, 0, 0)
     assert bright[0, 0].tolist() == [255, 150, 75]
-    gray = cv2.transform(image, augment._colour(AugmentConfig(brightness=0, contrast=0, saturation=1), 0, 0, -1))
+    gray = recolour(image, AugmentConfig(brightness=0, contrast=0, saturation=1), 0, 0, -1)
     assert np.ptp(gray[0, 0].astype(int)) <= 1 and abs(int(gray[0, 0, 0]) - 124) <= 1
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,13 +93,14 @@ def test_eval_predict_pycocotools_and_python_agree(run, small_coco, tmp_path):
     assert run_job("predict", "--checkpoint", run, "--input", pictures, *more) == 0
     found = truth.loadRes(str(tmp_path / "p" / "detections.json"))
     scored = COCOeval(truth, found, "bbox")
-    scored.evaluate(), scored.accumulate(), scored.summarize()
+    for part in (scored.evaluate, scored.accumulate, scored.summarize):
+        part()
     assert scored.stats[0] == pytest.approx(evaluated["val/AP"], abs=1e-4)
 
     detector = ray_det.load(str(run), device="cpu")
     for image in truth.dataset["images"]:
         here = detector.predict([pictures / image["file_name"]])[0]
-        there = found.loadAnns(found.getAnnIds(image["id"]))
+        there: Any = found.loadAnns(found.getAnnIds(image["id"]))
         assert len(there) == len(here.scores_N)
         assert np.allclose([d["score"] for d in there], here.scores_N, atol=1e-4)
 

@@ -32,11 +32,11 @@ ROOT = Path(__file__).parents[2]
 def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
     """Run one rank; -> the run folder."""
     config = TrainJobConfig.model_validate(spec["config"])
-    for turn in range(spec["world"]):  # one after the other: they write the same files
-        if turn == rank:
-            job = begin(config, 0.0, lambda text: None, map_in_threads)
-        if spec["world"] > 1:
-            dist.barrier()
+    for _ in range(rank):  # one after the other: they write the same files
+        dist.barrier()
+    job = begin(config, 0.0, lambda text: None, map_in_threads)
+    for _ in range(rank, spec["world"] if spec["world"] > 1 else 0):
+        dist.barrier()
     folder, checkpoint = job.run.local, spec.get("checkpoint")
     assert folder is not None
     group = dist.group.WORLD if spec["world"] > 1 else None
