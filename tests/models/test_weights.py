@@ -60,6 +60,9 @@ def test_norms_are_frozen_where_weights_were_loaded_and_nowhere_else(tmp_path):
     assert not report.missing and not report.remade and detector.architecture["frozen"] == "all"
     frozen, norms = frozen_norms(detector)
     assert frozen == norms > 10
+    assert not any(
+        p.requires_grad for m in detector.modules() if isinstance(m, FrozenBatchNorm) for p in m.parameters()
+    )
     before = {k: v.clone() for k, v in detector.state_dict().items() if "running" in k}
     detector.train()(batch())["loss"].backward()
     assert all(torch.equal(v, detector.state_dict()[k]) for k, v in before.items())
@@ -95,6 +98,7 @@ def test_norms_outside_the_loaded_body_stay_trainable(tmp_path):
     detector: Any = build_detector(ModelConfig(name=name, weights=str(tmp_path / "r.safetensors")), CLASSES)[0]
     frozen, norms = frozen_norms(detector)
     assert frozen_norms(detector.net.backbone.body) == (frozen, frozen) and 50 < frozen < norms
+    assert detector.net.roi_heads.box_predictor.cls_score.out_features == 1 + len(CLASSES)
 
 
 def test_frozen_norm_is_torchvisions(tmp_path):
