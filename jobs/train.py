@@ -23,10 +23,12 @@ def main() -> None:
     if recipe:
         print(f"recipe {recipe}", flush=True)
     from ray_det.report.progress import results_table
+    from ray_det.storage import Folder
     from ray_det.train.launch import train
 
     summary = train(config, started_at=STARTED_AT)
     print(results_table(summary))
+    print(f"run folder: {(Folder.at(config.storage) / config.name).uri} (open report.html)")
 
 
 if __name__ == "__main__":
