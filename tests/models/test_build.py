@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
 
 from ray_det.config import ModelConfig
 from ray_det.models.build import build_detector
@@ -177,11 +176,11 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch, reached):
 
     from ray_det.models import transformers_build
 
-    config = transformers_build.override(CONFIG_MAPPING["detr"].from_dict({"use_timm_backbone": False}), DETR, "")
+    detector: Any = build_detector(FAMILIES["detr"], CLASSES)[0]
     if reached == "config":
         monkeypatch.setattr(transformers_build.AutoConfig, "from_pretrained", refuse)
     else:
-        monkeypatch.setattr(transformers_build.AutoConfig, "from_pretrained", lambda *_: config)
+        monkeypatch.setattr(transformers_build.AutoConfig, "from_pretrained", lambda *_: detector.net.config)
         monkeypatch.setattr(transformers_build.AutoModelForObjectDetection, "from_pretrained", refuse)
     with pytest.raises(UserError, match="of 'owner/detr'.*couldn't connect.*--model.weights none") as raised:
         build_detector(ModelConfig(name="transformers/owner/detr"), CLASSES)
