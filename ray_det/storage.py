@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,20 @@ class Folder:
         filesystem, path = self._resolve(name)
         filesystem.create_dir(path if source.is_dir() else path.rsplit("/", 1)[0], recursive=True)
         fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+
+    def replace(self, source: Path, name: str) -> None:
+        """Put a local folder at `name` in place of the one there. On a local disk by renaming: whoever has the old
+        one's files open keeps them, and a kill leaves the old or the new one, never a mixture."""
+        if not (target := (self / name).local):
+            return self.upload(source, name)
+        new, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(source, new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
     def download(self, target: Path, name: str = "") -> None:
         """Copy a file or folder `name` to a local path."""

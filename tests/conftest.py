@@ -5,10 +5,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from ray_det.data import embedded
 
 os.environ.setdefault("WANDB_SILENT", "true")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small models gain nothing from more torch threads, and lose much where the cores are busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ class Runtime:
     threads: int
     stream: Callable[[Shard], Iterator[MicroBatch]]  # loads a shard's micro-batches, in order
     commit: Callable[[Path | None, str, TrainState], None]
-    """Keep rank 0's staged checkpoint (None elsewhere) under a name; all ranks call it."""
+    """Keep rank 0's staged checkpoint (None elsewhere) under a name; all ranks call it, none returns before all did."""
     notify: Callable[[dict[str, Any]], None]  # progress, for whoever watches
     folder: Path  # local; on rank 0 it holds metrics.jsonl, the report and staged checkpoints
 
@@ -132,7 +132,7 @@ class Session:
         if self.runtime.is_main:
             staged = self.runtime.folder / "staging" / BEST
             save_checkpoint(staged, self.detector, None, self.state, self.job.facts)
-            self.job.run.upload(staged, BEST)
+            self.job.run.replace(staged, BEST)
 
     def note_nonfinite(self, record: dict[str, Any]) -> None:
         """Append to the run folder's list of skipped steps."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from ray_det.evaluate.gather import gather_lists
 from ray_det.types import Detections
+from tests.ranks import process_group
 
 IDS = ([30, 10], [20, 50, 40])
 """Images of each rank: unequally many."""
@@ -31,17 +31,15 @@ def as_json(found: list[Detections] | None) -> list | None:
 
 
 def main(folder: Path, rank: int) -> None:
-    address = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    turned = dist.new_group([1, 0], sort_ranks=False)  # rank 1 is its rank 0
-    assert isinstance(turned, dist.ProcessGroup)
-    results = {
-        "joined": as_json(gather_lists([detections(i) for i in IDS[rank]], dist.group.WORLD)),
-        "one_empty": as_json(gather_lists([detections(i) for i in IDS[rank]] if rank else [], dist.group.WORLD)),
-        "turned": gather_lists([rank], turned),
-    }
+    with process_group(folder / "store", rank, world=2) as group:
+        turned = dist.new_group([1, 0], sort_ranks=False)  # rank 1 is its rank 0
+        assert isinstance(turned, dist.ProcessGroup)
+        results = {
+            "joined": as_json(gather_lists([detections(i) for i in IDS[rank]], group)),
+            "one_empty": as_json(gather_lists([detections(i) for i in IDS[rank]] if rank else [], group)),
+            "turned": gather_lists([rank], turned),
+        }
     (folder / f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ray_det.evaluate.gather import gather_lists, require_each_once
 from tests.evaluate.gather_worker import IDS, as_json, detections
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What two plain gloo processes got."""
     folder = tmp_path_factory.mktemp("gather")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.evaluate.gather_worker", str(folder)]
-    processes = [subprocess.Popen([*command, str(r)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    try:
-        errors = [p.communicate(timeout=120)[1] for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(p.returncode == 0 for p in processes), errors
+    run_ranks("tests.evaluate.gather_worker", folder, world=2)
     return [json.loads((folder / f"{r}.json").read_text()) for r in range(2)]
 
 

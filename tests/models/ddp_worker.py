@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models.zoo import FAMILIES, batch, build, gradients
+from tests.ranks import process_group
 
 
 def empty_steps(family: str, rank: int) -> dict:
@@ -46,12 +45,9 @@ def gradient_gap(family: str, rank: int) -> float:
 
 
 def main(folder: Path, rank: int) -> None:
-    torch.set_num_threads(1)
-    address = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    results = {f: empty_steps(f, rank) | {"gap": gradient_gap(f, rank)} for f in FAMILIES}
+    with process_group(folder / "store", rank, world=2):
+        results = {f: empty_steps(f, rank) | {"gap": gradient_gap(f, rank)} for f in FAMILIES}
     (folder / f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

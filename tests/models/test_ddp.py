@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.models.zoo import FAMILIES
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What both ranks saw, family by family; all families share one start of the processes."""
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.models.ddp_worker", str(folder)]
-    processes = [subprocess.Popen([*command, str(r)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    try:
-        errors = [p.communicate(timeout=180)[1] for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(p.returncode == 0 for p in processes), errors
+    run_ranks("tests.models.ddp_worker", folder, world=2)
     return [json.loads((folder / f"{r}.json").read_text()) for r in range(2)]
 
 

@@ -1,6 +1,6 @@
 """The training loop in plain processes: `python -m tests.train.runner SPEC.json RANK`, or `run_alone(spec)` here.
 
-A spec: config (of a `TrainJobConfig`), world, store (file of the process group), checkpoint (folder or null). Every
+A spec: config (of a `TrainJobConfig`), world, checkpoint (folder or null), frozen_norms (all batch norms). Every
 checkpoint that the loop commits is kept under `<storage>/<name>/kept/`.
 """
 
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn import BatchNorm2d, Module
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ray_det.config import TrainJobConfig
 from ray_det.data.collate import Shard, load
@@ -25,8 +25,7 @@ from ray_det.train import loop
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import Runtime
 from ray_det.train.start import begin
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import process_group, run_ranks
 
 
 def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
@@ -55,19 +54,11 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
     return folder
 
 
-def run_ranks(spec: dict[str, Any], scratch: Path) -> Path:
+def run_world(spec: dict[str, Any], scratch: Path) -> Path:
     """Run `world` processes to their end; -> the run folder."""
-    spec = spec | {"store": str(scratch / "store")}
-    (scratch / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-W", "ignore", "-m", "tests.train.runner", str(scratch / "spec.json")]
-    world = range(spec["world"])
-    processes = [subprocess.Popen([*command, str(r)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for r in world]
-    try:
-        errors = [p.communicate(timeout=240)[1] for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(p.returncode == 0 for p in processes), errors
+    file = scratch / "spec.json"
+    file.write_text(json.dumps(spec))
+    run_ranks("tests.train.runner", file, spec["world"])
     return Path(spec["config"]["storage"]) / spec["config"]["name"]
 
 
@@ -87,18 +78,26 @@ def _keep(folder: Path, staged: Path | None, name: str, state: Any) -> None:
     if staged:
         shutil.rmtree(folder / "kept" / name, ignore_errors=True)
         shutil.copytree(staged, folder / "kept" / name)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def freeze_norms() -> None:
+    """Every batch norm of this process normalises with the statistics it was made or loaded with."""
+
+    def freeze(module: Module, _: Any) -> None:
+        if isinstance(module, BatchNorm2d):
+            module.eval()
+
+    register_module_forward_pre_hook(freeze)
 
 
 def main(path: Path, rank: int) -> None:
     spec = json.loads(path.read_text())
-    torch.set_num_threads(1)
-    if spec["world"] > 1:
-        address = f"file://{spec['store']}"
-        timeout = timedelta(seconds=120)
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=spec["world"], timeout=timeout)
-    run_alone(spec, rank)
-    if spec["world"] > 1:
-        dist.destroy_process_group()
+    if spec.get("frozen_norms"):
+        freeze_norms()
+    with process_group(path.with_name("store"), rank, spec["world"]):
+        run_alone(spec, rank)
 
 
 if __name__ == "__main__":
