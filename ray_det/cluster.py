@@ -6,12 +6,15 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
-from ray.train import ScalingConfig
 
 from ray_det.config import WorkersConfig
 from ray_det.types import UserError
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig
 
 ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment as it is
@@ -87,6 +90,8 @@ def require_room(workers: WorkersConfig) -> Room:
 
 def scaling(workers: WorkersConfig, room: Room) -> ScalingConfig:
     """Ray Train's words for it."""
+    from ray.train import ScalingConfig
+
     resources = {"CPU": workers.cpus} | ({"GPU": 1} if room.gpu else {})
     return ScalingConfig(num_workers=workers.num, use_gpu=room.gpu, resources_per_worker=resources)
 

@@ -1,4 +1,7 @@
-"""From the configuration to a detector: the only place that knows the libraries' names."""
+"""From the configuration to a detector: the only place that knows the libraries' names.
+
+Each library is imported when a detector of it is built: they take seconds, in every worker.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ from typing import Any, Literal
 
 from ray_det.config import ModelConfig
 from ray_det.models.detector import Detector
-from ray_det.models.torchvision_build import build_torchvision, rebuild_torchvision
-from ray_det.models.transformers_build import build_transformers, rebuild_transformers
 from ray_det.models.weights import WeightsReport
 from ray_det.types import IMAGENET_MEAN, ClassList, UserError
 
@@ -36,13 +37,21 @@ def build_detector(
         return _rebuild(architecture, classes, pad), None
     library, _, name = config.name.partition("/")
     if library == "torchvision" and name:
+        from ray_det.models.torchvision_build import build_torchvision
+
         return build_torchvision(name, config.fpn_channels, config.config, config.weights, len(classes), pad)
     if library == "transformers" and name:
+        from ray_det.models.transformers_build import build_transformers
+
         return build_transformers(name, config.config, config.weights, classes, pad)
     raise UserError(f"unknown model '{config.name}': torchvision/<detector> or transformers/<hub id | folder | type>")
 
 
 def _rebuild(architecture: dict[str, Any], classes: ClassList, pad: tuple[float, ...]) -> Detector:
     if architecture["library"] == "transformers":
+        from ray_det.models.transformers_build import rebuild_transformers
+
         return rebuild_transformers(architecture, classes, pad)
+    from ray_det.models.torchvision_build import rebuild_torchvision
+
     return rebuild_torchvision(architecture, len(classes), pad)

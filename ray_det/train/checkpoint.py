@@ -21,6 +21,7 @@ from safetensors.torch import load_model, save_model
 from ray_det.config import TrainJobConfig
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
+from ray_det.train.job import RunFacts
 from ray_det.types import ClassList, UserError
 
 FORMAT = 1
@@ -46,16 +47,6 @@ class TrainState:
 
     def next_epoch(self) -> TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What stays the same for all of a run and goes into each of its checkpoints."""
-
-    config: dict[str, Any]
-    classes: ClassList
-    data_hashes: dict[str, str]
-    run_id: str
 
 
 def save_checkpoint(

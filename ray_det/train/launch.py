@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.train import CheckpointConfig, FailureConfig, RunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ray_det.cluster import Room, require_room, scaling, start_ray
 from ray_det.config import TrainJobConfig
-from ray_det.data.pipeline import map_chunks
+from ray_det.data.headers import HeaderChunk
 from ray_det.report.progress import ProgressPrinter
 from ray_det.train.board import start_board
-from ray_det.train.session import Job
+from ray_det.train.job import Job, Payload, train_worker
 from ray_det.train.start import begin, finished_summary
-from ray_det.train.worker import Payload, train_worker
 from ray_det.types import TrainingError, UserError
 
 POLL_S = 0.5
@@ -33,6 +29,8 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
         UserError: an input that the user can put right.
         TrainingError: the run cannot go on.
     """
+    # Seconds of imports, while this thread reads data and waits for Ray. (`ray.init` belongs into the main thread.)
+    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
     job = begin(config, started_at, say, partial(_map_headers, config))
     done = finished_summary(job)
     if done is not None:
@@ -43,12 +41,18 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
     return job.run.read_json("summary.json")
 
 
-def _map_headers(config: TrainJobConfig, function: Callable[[Any], Any], chunks: list[Any]) -> list[Any]:
+def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: list[HeaderChunk]) -> list[Any]:
     """The preflight's parallel map: on the cluster where there is much to read."""
+    from ray_det.data.pipeline import map_chunks
+
     return map_chunks(function, chunks, connect=partial(start_ray, config.workers))
 
 
 def _fit(job: Job, room: Room) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
     config, workers = job.config, job.config.workers
     board = start_board()
     payload = Payload(config, job.run_id, job.run, job.started_at, room, board)
@@ -80,7 +84,7 @@ def _fit(job: Job, room: Room) -> None:
         raise (UserError if failure[0] == "user" else TrainingError)(failure[1])
 
 
-def _watch(board: ActorHandle, stop: threading.Event) -> None:
+def _watch(board: Any, stop: threading.Event) -> None:
     """Print what rank 0 tells, until the run ends."""
     printer = ProgressPrinter()
     try:

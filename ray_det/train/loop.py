@@ -23,8 +23,9 @@ from ray_det.data.plan import EpochPlan
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.evaluation import evaluate_split
 from ray_det.train.finish import finish
+from ray_det.train.job import Job
 from ray_det.train.optim import learning_rate, set_learning_rate
-from ray_det.train.session import Job, Runtime, Session, open_session
+from ray_det.train.session import Runtime, Session, open_session
 from ray_det.train.step import StepResult, train_step
 from ray_det.types import TrainingError
 

@@ -6,7 +6,6 @@ The loop knows Ray only through `Runtime`: `launch` fills it for Ray's train wor
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,35 +18,18 @@ from torch import nn
 
 from ray_det.config import TrainJobConfig, micro_batches
 from ray_det.data.collate import LoadSpec, Shard
-from ray_det.data.manifest import Manifest
 from ray_det.data.plan import EpochPlan, plan_epoch
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
 from ray_det.report.tracker import Tracker
-from ray_det.storage import Folder
-from ray_det.train.checkpoint import Checkpoint, RunFacts, TrainState, save_checkpoint
+from ray_det.train.checkpoint import Checkpoint, TrainState, save_checkpoint
+from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer
 from ray_det.train.step import make_deterministic, use_bf16, wrap_ddp
 from ray_det.types import MicroBatch
 
 BEST = "best"
 """Folder of a run that holds the checkpoint with the best val/AP, without optimizer state."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run as it was asked for."""
-
-    config: TrainJobConfig
-    manifests: dict[str, Manifest]  # by split: train, and val and test where given
-    run_id: str
-    run: Folder
-    started_at: float = field(default_factory=time.time)  # seconds since 1970, when the driver started
-
-    @property
-    def facts(self) -> RunFacts:
-        hashes = {split: manifest.hash for split, manifest in self.manifests.items()}
-        return RunFacts(self.config.model_dump(mode="json"), self.manifests["train"].classes, hashes, self.run_id)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ray_det.data.manifest import Manifest, write_manifest
 from ray_det.data.preflight import require_trainable
 from ray_det.data.prepare import prepare, same_classes
 from ray_det.storage import Folder
-from ray_det.train.session import Job
+from ray_det.train.job import Job
 from ray_det.types import UserError
 
 MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps")

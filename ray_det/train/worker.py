@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -13,35 +12,20 @@ import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
-from ray.actor import ActorHandle
 
-from ray_det.cluster import Room
-from ray_det.config import TrainJobConfig
 from ray_det.data.manifest import Manifest, read_manifest
 from ray_det.data.pipeline import stream
 from ray_det.storage import Folder
 from ray_det.train import loop
 from ray_det.train.checkpoint import Checkpoint, TrainState
-from ray_det.train.session import Job, Runtime
+from ray_det.train.job import Job, Payload
+from ray_det.train.session import Runtime
 from ray_det.train.start import SPLITS
 from ray_det.types import TrainingError, UserError
 
 
-@dataclass(frozen=True)
-class Payload:
-    """What the driver sends to every worker."""
-
-    config: TrainJobConfig
-    run_id: str
-    run: Folder
-    started_at: float
-    room: Room
-    board: ActorHandle
-
-
-def train_worker(config: dict[str, Payload]) -> None:
+def run_rank(payload: Payload) -> None:
     """One rank of a run, from its last checkpoint. Failures that a restart cannot mend go to the board."""
-    payload = config["payload"]
     if ray.get(payload.board.failure.remote()):
         return  # this is the restart after such a failure
     try:

@@ -78,7 +78,8 @@ def alone(request, small_coco, tmp_path_factory):
     steps: by the statistics of a single picture's 3 x 3 cells, or by queries whose scores are as good as equal.
     """
     storage = tmp_path_factory.mktemp("alone")
-    asked = spec(small_coco, storage, request.param, epochs=7, lr=5e-5) | {"frozen_norms": True}
+    asked = spec(small_coco, storage, request.param, epochs=7, lr=5e-5)
+    asked["frozen_norms"] = True
     detector = build(request.param).train()
     with torch.no_grad():
         for seed in range(30):
