@@ -40,7 +40,10 @@ def start_ray(workers: WorkersConfig) -> None:
         )
     # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
     ray.init(
-        num_cpus=cores + int(-(-workers.num * workers.cpus // 1)), log_to_driver=False, logging_level=logging.ERROR
+        num_cpus=cores + int(-(-workers.num * workers.cpus // 1)),
+        include_dashboard=False,  # seconds of start-up and a process that computes beside the training
+        log_to_driver=False,
+        logging_level=logging.ERROR,
     )
 
 

@@ -21,7 +21,11 @@ def one_thread():
 @pytest.fixture(scope="session")
 def small_coco(tmp_path_factory) -> dict[str, Path]:
     """A small COCO data set of many sizes: JSON paths by split."""
-    return embedded.generate(tmp_path_factory.mktemp("small_coco"), seed=1, train=16, val=7, test=5)
+    return generate_small_coco(tmp_path_factory.mktemp("small_coco"))
+
+
+def generate_small_coco(folder: Path) -> dict[str, Path]:
+    return embedded.generate(folder, seed=1, train=16, val=7, test=5)
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,10 @@ def number(value: float) -> str:
         return f"{value / 1e6:g}M"
     if size >= 1e4:
         return f"{value / 1e3:g}k"
-    return f"{value:.3g}".replace("e-0", "e-") if size and size < 1e-3 else f"{value:g}"
+    if 0 < size < 1e-3:
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:g}"
 
 
 def _axes(chart: Chart, lines: list[list[Point]]) -> tuple[Axis, Axis]:

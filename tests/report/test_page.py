@@ -132,7 +132,14 @@ def test_ticks_are_round():
     assert round_ticks(1, 3, whole=True) == [1, 2, 3]
     assert log_ticks(0.2, 30) == [0.2, 0.5, 1, 2, 5, 10, 20]
     assert log_ticks(1e-6, 1) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1])
-    assert [number(v) for v in (20_000, 0.05, 1e-6, 2_500_000, 0, 5e-5)] == ["20k", "0.05", "1e-6", "2.5M", "0", "5e-5"]
+    assert [number(v) for v in (20_000, 0.05, 1e-6, 2_500_000, 0, 2.5e-4)] == [
+        "20k",
+        "0.05",
+        "1e-6",
+        "2.5M",
+        "0",
+        "2.5e-4",
+    ]
 
 
 def test_points_lie_on_their_axes():
