@@ -146,6 +146,10 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> S
     state = checkpoint.state if checkpoint else TrainState()
     if state.phase == "test" and state.epoch < config.train.epochs:
         state = replace(state, phase="train")  # more epochs were asked for
+    if checkpoint and runtime.is_main:
+        where = {"train": "training", "validate": "validation", "test": "the test"}[state.phase]
+        text = f"goes on from step {state.global_step}, with {where}"
+        runtime.notify({"message": text + (f" of epoch {state.epoch + 1}" if state.phase != "test" else "")})
     tracker = _open_tracker(job, runtime.folder, state.log_lines if checkpoint else None) if runtime.is_main else None
     bf16 = use_bf16(config.train.precision, runtime.device)
     return Session(job, runtime, detector, wrap_ddp(detector, runtime.device), optimizer, bf16, state, tracker)

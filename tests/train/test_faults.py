@@ -1,0 +1,155 @@
+"""Real kills in the middle of a run, which must end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ray_det.report.wandb_log import read_history
+from tests.jobs.run import JOBS, run_job
+from tests.models.zoo import FAMILIES
+from tests.ranks import ROOT
+from tests.train.runner import records, run_alone
+from tests.train.test_equivalence import same_checkpoint
+
+EPOCHS, STEPS = 4, 8  # 16 images in global batches of 2
+pytestmark = pytest.mark.ray
+
+
+def config(small_coco: dict[str, Path], storage: Path) -> dict[str, Any]:
+    return {
+        "name": "run",
+        "storage": str(storage),
+        "data": {split: str(path) for split, path in small_coco.items()} | {"image_size": 96},
+        "model": FAMILIES["fcos"].model_dump(),
+        "train": {"epochs": EPOCHS, "global_batch_size": 2, "precision": "fp32", "checkpoint_every_steps": 5},
+        "workers": {"threads": 1},
+        "wandb": {"mode": "offline"},
+    }
+
+
+def write(asked: dict[str, Any]) -> Path:
+    Path(asked["storage"]).mkdir(parents=True)
+    file = Path(asked["storage"]) / "config.json"  # JSON is YAML
+    file.write_text(json.dumps(asked))
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_coco, tmp_path_factory) -> Path:
+    return run_alone({"config": config(small_coco, tmp_path_factory.mktemp("undisturbed")), "world": 1})
+
+
+def require_same(run: Path, undisturbed: Path) -> None:
+    """Bit-equal weights and log; in wandb's files one run and every step once."""
+    assert records(run) == records(undisturbed)
+    same_checkpoint(run / "best", undisturbed / "best")
+    last = f"checkpoint_{EPOCHS * STEPS:08d}_test"
+    same_checkpoint(run / last, undisturbed / "kept" / last)
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert len({file.name for file in files}) == 1
+    steps = [row["_step"] for file in files for row in read_history(file) if "train/batch_loss" in row]
+    assert steps == list(range(1, EPOCHS * STEPS + 1))
+
+
+def steps_done(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return log.read_text().count("train/batch_loss") if log.exists() else 0
+
+
+def ray_processes(parent: int, name: str) -> list[psutil.Process]:
+    """Living descendants of a process that Ray calls `ray::<name>…`."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(f"ray::{name}"):
+                found.append(process)
+        except psutil.Error:  # it ended meanwhile
+            pass
+    return found
+
+
+@contextmanager
+def when_at(run: Path, step: int, act: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Act once the run has logged a step; gives the list that will hold what `act` returned."""
+    results: list[Any] = []
+
+    def watch() -> None:
+        while not ended.is_set() and steps_done(run) < step:
+            time.sleep(0.01)
+        if not ended.is_set():
+            results.append(act())
+
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield results
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def kill(name: str) -> str:
+    """SIGKILL to the first such process that is seen; -> its name."""
+    while not (found := ray_processes(os.getpid(), name)):
+        time.sleep(0.001)
+    found[0].kill()
+    return name
+
+
+def children(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """What Ray runs for a driver but a node's two agents: they look for their raylet seldom, and end a minute later."""
+    names = {process: process.name() for process in psutil.Process(driver.pid).children(recursive=True)}
+    return [process for process, name in names.items() if not name.endswith("Agent")]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_train_worker_changes_nothing(small_coco, undisturbed, tmp_path, capfd):
+    file = write(config(small_coco, tmp_path / "runs"))
+    run = tmp_path / "runs" / "run"
+    with when_at(run, STEPS + 3, lambda: kill("RayTrainWorker")) as killed:
+        assert run_job("train", "--config", file) == 0
+    assert killed == ["RayTrainWorker"]
+    require_same(run, undisturbed)
+    assert "goes on from step" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_loader_changes_nothing(small_coco, undisturbed, tmp_path):
+    file = write(config(small_coco, tmp_path / "runs"))
+    run = tmp_path / "runs" / "run"
+    with when_at(run, STEPS, lambda: kill("ReadRange")) as killed:
+        assert run_job("train", "--config", file) == 0
+    assert killed == ["ReadRange"]
+    require_same(run, undisturbed)
+
+
+def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(small_coco, undisturbed, tmp_path):
+    file = write(config(small_coco, tmp_path / "runs"))
+    run = tmp_path / "runs" / "run"
+    command = [sys.executable, "-W", "ignore", str(JOBS / "train.py"), "--config", str(file)]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with when_at(run, 2 * STEPS + 3, lambda: children(driver)) as seen:
+        while driver.poll() is None and not seen:
+            time.sleep(0.01)
+        driver.send_signal(signal.SIGKILL)
+    driver.communicate(timeout=60)
+    assert len(seen[0]) > 5 and not psutil.wait_procs(seen[0], timeout=30)[1]
+    assert steps_done(run) < EPOCHS * STEPS
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    assert "goes on from step" in again.stdout
+    require_same(run, undisturbed)
