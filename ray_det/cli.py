@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from ray_det import recipes as recipe_files
 from ray_det import yaml12
 from ray_det.fields import help_text, is_optional, leaf_fields, members, type_text
-from ray_det.types import TrainingError, UserError
+from ray_det.types import Stopped, TrainingError, UserError
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -105,7 +105,7 @@ def from_yaml(config_class: type[Config], text: str, *, source: str = "config.ya
 
 
 def main(function: Callable[[], object]) -> None:
-    """Run a job. One line and status 2 for a `UserError`, 1 for a `TrainingError`; 130 for ctrl-C.
+    """Run a job. One line and status 2 for a `UserError`, 1 for a `TrainingError`, 128 + the signal where one ended it.
 
     Any other exception keeps its traceback.
     """
@@ -114,6 +114,9 @@ def main(function: Callable[[], object]) -> None:
     except (UserError, TrainingError) as error:
         print("error:", " ".join(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -96,6 +96,10 @@ class Folder:
         fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
 
     def delete(self) -> None:
+        """The folder, or the file that stands in its place."""
         filesystem, path = self._resolve()
-        if self.exists():
+        kind = filesystem.get_file_info(path).type
+        if kind == fs.FileType.Directory:
             filesystem.delete_dir(path)
+        elif kind == fs.FileType.File:
+            filesystem.delete_file(path)

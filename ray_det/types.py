@@ -21,6 +21,14 @@ class TrainingError(Exception):
     """A run that cannot go on, and would fail again in the same way. Jobs print it as one line and exit with 1."""
 
 
+class Stopped(Exception):  # noqa: N818  not an error
+    """A run was asked to stop, and did after a checkpoint. Jobs print it and exit with 128 + the signal."""
+
+    def __init__(self, message: str = "", signal_number: int = 0) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 @dataclass(frozen=True)
 class ClassList:
     """The classes of a dataset. `label` is the contiguous index 0..C-1, `category_id` is COCO's id.

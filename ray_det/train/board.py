@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class Board:
@@ -13,12 +14,19 @@ class Board:
     def __init__(self) -> None:
         self._updates: list[dict[str, Any]] = []
         self._failure: tuple[str, str] | None = None
+        self._stop = False
 
-    def post(self, update: dict[str, Any]) -> None:
+    def post(self, update: dict[str, Any]) -> bool:
+        """Tell the driver; -> whether the run is asked to stop."""
         if self._updates and "message" not in self._updates[-1]:
             self._updates[-1] = update
         else:
             self._updates.append(update)
+        return self._stop
+
+    def stop(self) -> None:
+        """Ask the run to stop after its next step."""
+        self._stop = True
 
     def take(self) -> list[dict[str, Any]]:
         updates, self._updates = self._updates, []
@@ -33,5 +41,6 @@ class Board:
 
 
 def start_board() -> Any:
-    """Handle of a board that takes no CPU and ends with the driver."""
-    return ray.remote(Board).options(num_cpus=0).remote()
+    """Handle of a board that takes no CPU, lives on the driver's node and ends with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()

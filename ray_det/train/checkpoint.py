@@ -2,13 +2,15 @@
 
     model.safetensors   weights and buffers
     optimizer.pt        AdamW's state, read with weights_only=True
-    state.json          everything else (`TrainState`, the run's configuration, classes, architecture, data hashes)
+    state.json          everything else (`TrainState`, the run's configuration, classes, architecture, data hashes),
+                        and the SHA-256 of the other files
 
 It knows nothing of ranks: any world size can go on from it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,13 +67,19 @@ def save_checkpoint(
         "architecture": detector.architecture,
         "data_hashes": facts.data_hashes,
         "run_id": facts.run_id,
+        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }
     (folder / "state.json").write_text(json.dumps(content, indent=1))
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose state.json was read and understood."""
+    """A checkpoint folder whose state.json was read and understood, and whose other files are what was written."""
 
     folder: Path
     content: dict[str, Any]
@@ -86,10 +94,16 @@ class Checkpoint:
                 raise UserError(f"checkpoint {folder} has format {content['format']}, this version reads {FORMAT}")
             opened = cls(folder, content)
             _ = opened.state, opened.config, opened.classes, content["architecture"], content["run_id"]
+            sums = dict(content["sha256"])
         except FileNotFoundError:
             raise UserError(f"no checkpoint at {folder}: state.json is missing") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"broken checkpoint: {path}: {error!r}") from None
+        for name, expected in sums.items():
+            if not (folder / name).is_file():
+                raise UserError(f"broken checkpoint: {folder / name} is missing")
+            if _sha256(folder / name) != expected:
+                raise UserError(f"broken checkpoint: {folder / name} is not as it was written (SHA-256 differs)")
         return opened
 
     @property

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -14,31 +18,39 @@ from ray_det.cluster import Room, require_room, scaling, start_ray
 from ray_det.config import TrainJobConfig
 from ray_det.data.headers import HeaderChunk
 from ray_det.report.progress import ProgressPrinter
+from ray_det.storage import Folder
 from ray_det.train.board import start_board
 from ray_det.train.job import Job, Payload, train_worker
+from ray_det.train.lock import hold
 from ray_det.train.start import begin, finished_summary
-from ray_det.types import TrainingError, UserError
+from ray_det.types import Stopped, TrainingError, UserError
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 POLL_S = 0.5
+STOP_GRACE_S = 60.0  # to finish a step and keep a checkpoint, or to finish a validation
 
 
 def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train, or go on with, the run that the configuration names -> its summary.
 
     Raises:
+        Stopped: SIGINT or SIGTERM came, and a checkpoint is kept.
         UserError: an input that the user can put right.
         TrainingError: the run cannot go on.
     """
     # Seconds of imports, while this thread reads data and waits for Ray. (`ray.init` belongs into the main thread.)
     threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
-    job = begin(config, started_at, say, partial(_map_headers, config))
-    done = finished_summary(job)
-    if done is not None:
-        say(f"run {config.name} is finished: {job.run.uri}")
-        return done
-    start_ray(job.config.workers)
-    _fit(job, require_room(job.config.workers))
-    return job.run.read_json("summary.json")
+    with hold(Folder.at(config.storage), config.name, say):
+        job = begin(config, started_at, say, partial(_map_headers, config))
+        done = finished_summary(job)
+        if done is not None:
+            say(f"run {config.name} is finished: {job.run.uri}")
+            return done
+        start_ray(job.config.workers)
+        _fit(job, require_room(job.config.workers))
+        return job.run.read_json("summary.json")
 
 
 def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: list[HeaderChunk]) -> list[Any]:
@@ -51,7 +63,6 @@ def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: l
 def _fit(job: Job, room: Room) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     config, workers = job.config, job.config.workers
     board = start_board()
@@ -68,31 +79,63 @@ def _fit(job: Job, room: Room) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(board, stop), daemon=True)
-    watcher.start()
-    try:
-        trainer.fit()
-    except TrainingFailedError:
-        if ray.get(board.failure.remote()) is None:
-            raise
-    finally:
-        stop.set()
-        watcher.join()
+    with _signals() as asked:
+        error = _follow(trainer, board, asked)
     failure = ray.get(board.failure.remote())
     if failure:
         raise (UserError if failure[0] == "user" else TrainingError)(failure[1])
+    if asked and finished_summary(job) is None:
+        raise Stopped(f"the same command goes on: {job.run.uri}", asked[0])
+    if error:
+        raise error
 
 
-def _watch(board: Any, stop: threading.Event) -> None:
-    """Print what rank 0 tells, until the run ends."""
-    printer = ProgressPrinter()
+def _follow(trainer: TorchTrainer, board: Any, asked: list[int]) -> Exception | None:
+    """Fit in another thread, and print here what rank 0 tells; -> what `fit` raised.
+
+    The main thread is the one that gets signals, and Ray Train's `fit` would take SIGINT for itself there.
+    """
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    printer, deadline = ProgressPrinter(), math.inf
     try:
-        while True:
-            ended = stop.wait(POLL_S)
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(POLL_S)
+            if asked and deadline == math.inf:
+                deadline = time.monotonic() + STOP_GRACE_S
+                board.stop.remote()
+                printer.update({"message": "stopping after a checkpoint of this step; a second signal stops at once"})
             for update in ray.get(board.take.remote()):
                 printer.update(update)
-            if ended:
-                return
     finally:
         printer.close()
+    return errors[0] if errors else None
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Gives a list that gets the first SIGINT or SIGTERM; a second one is a KeyboardInterrupt."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

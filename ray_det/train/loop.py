@@ -27,13 +27,14 @@ from ray_det.train.job import Job
 from ray_det.train.optim import learning_rate, set_learning_rate
 from ray_det.train.session import Runtime, Session, open_session
 from ray_det.train.step import StepResult, train_step
-from ray_det.types import TrainingError
+from ray_det.types import Stopped, TrainingError
 
 
 def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
     """Train, validate and test, from the beginning or from a checkpoint.
 
     Raises:
+        Stopped: it was asked to, and a checkpoint of the last step is kept.
         TrainingError: loss or gradient stayed non-finite.
         UserError: an input that the preflight could not see to be wrong.
     """
@@ -48,6 +49,9 @@ def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
             session.save(phase="test")
         finish(session)
         exit_code = 0
+    except Stopped:
+        exit_code = 0  # wandb calls anything else a failure
+        raise
     finally:
         if session.tracker:
             session.tracker.finish(exit_code)
@@ -81,11 +85,14 @@ def _train_epoch(session: Session) -> None:
             seed=config.seed,
             global_step=session.state.global_step,
             bf16=session.bf16,
+            stop=runtime.stop_asked(),
         )
         _advance(session, plan, step, result)
         now = time.perf_counter()
         _log_step(session, plan, result, rate, seconds=now - mark, wait=wait)
         mark = now
+        if result.stop:
+            _stop(session, last=step + 1 == plan.steps)
         every = config.train.checkpoint_every_steps
         if every and session.state.global_step % every == 0 and step + 1 < plan.steps:
             session.save()
@@ -93,6 +100,14 @@ def _train_epoch(session: Session) -> None:
     if next(batches, None) is not None:
         raise RuntimeError("the loader has more micro-batches than the plan")
     session.save(phase="validate")
+
+
+def _stop(session: Session, last: bool) -> None:
+    """Keep a checkpoint of now and end; `last`: of the epoch's steps."""
+    session.save(phase="validate" if last else "train")
+    if session.runtime.is_main:
+        session.runtime.notify({"message": f"stopped after step {session.state.global_step}, with a checkpoint"})
+    raise Stopped
 
 
 def _advance(session: Session, plan: EpochPlan, step: int, result: StepResult) -> None:

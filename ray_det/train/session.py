@@ -45,6 +45,7 @@ class Runtime:
     commit: Callable[[Path | None, str, TrainState], None]
     """Keep rank 0's staged checkpoint (None elsewhere) under a name; all ranks call it, none returns before all did."""
     notify: Callable[[dict[str, Any]], None]  # progress, for whoever watches
+    stop_asked: Callable[[], bool]  # whether this rank was asked to stop
     folder: Path  # local; on rank 0 it holds metrics.jsonl, the report and staged checkpoints
 
     @property

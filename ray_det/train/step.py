@@ -29,6 +29,7 @@ class StepResult:
     grad_norm: float  # before clipping
     padded_share: float  # of the global batch's pixels
     applied: bool  # False: loss or gradient was not finite, and the weights were left alone
+    stop: bool  # a rank was asked to stop after this step
 
 
 def wrap_ddp(detector: Detector, device: torch.device) -> nn.Module:
@@ -49,6 +50,7 @@ def train_step(
     seed: int,
     global_step: int,
     bf16: bool = False,
+    stop: bool = False,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, all-reduce, clip, update.
 
@@ -59,6 +61,7 @@ def train_step(
         model: from `wrap_ddp`.
         clip_norm: largest global norm of the gradient; 0: none.
         global_step: with `seed` and a micro-batch's index the source of the model's random numbers.
+        stop: what this rank was asked; the result says it of all ranks.
     """
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     names = ("loss", *detector.loss_names)  # pyright: ignore[reportGeneralTypeIssues]
@@ -77,7 +80,7 @@ def train_step(
         params = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         padded = sum(map(_padded_share, micro_batches)) / len(micro_batches)
-        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), total.new_tensor([padded])]))
+        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), total.new_tensor([padded, float(stop)])]))
         applied = bool(np.isfinite(values).all())
         if applied:
             if clip_norm:
@@ -85,8 +88,9 @@ def train_step(
             optimizer.step()
         else:
             restore_batch_norm()
-    components = dict(zip(names[1:], values[1:-2], strict=True))
-    return StepResult(values[0], components, grad_norm=values[-2], padded_share=values[-1], applied=applied)
+    components = dict(zip(names[1:], values[1:-3], strict=True))
+    norm_value, padded, asked = values[-3:]
+    return StepResult(values[0], components, norm_value, padded, applied, stop=asked > 0)
 
 
 def _mean_over_ranks(values: Tensor) -> list[float]:

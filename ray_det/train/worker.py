@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
+from ray.actor import ActorHandle
 
 from ray_det.data.manifest import Manifest, read_manifest
 from ray_det.data.pipeline import stream
@@ -21,7 +24,7 @@ from ray_det.train.checkpoint import Checkpoint, TrainState
 from ray_det.train.job import Job, Payload
 from ray_det.train.session import Runtime
 from ray_det.train.start import SPLITS
-from ray_det.types import TrainingError, UserError
+from ray_det.types import Stopped, TrainingError, UserError
 
 
 def run_rank(payload: Payload) -> None:
@@ -30,6 +33,8 @@ def run_rank(payload: Payload) -> None:
         return  # this is the restart after such a failure
     try:
         _train(payload)
+    except Stopped:
+        return
     except (UserError, TrainingError) as error:
         cause = getattr(error, "cause", error)  # of a loader task's error that Ray wrapped
         kind = "user" if isinstance(error, UserError) else "training"
@@ -44,6 +49,7 @@ def _train(payload: Payload) -> None:
         folder = run.local or Path(temporary)
         if rank == 0:
             _fetch_log(run, folder)
+        line = _Line(payload.board)
         runtime = Runtime(
             rank,
             context.get_world_size(),
@@ -52,19 +58,55 @@ def _train(payload: Payload) -> None:
             payload.room.threads,
             partial(stream, loader_cpus=payload.room.loader_cpus),
             partial(_commit, run=run, folder=folder),
-            payload.board.post.remote,
+            line.notify,
+            line.stop_asked,
             folder,
         )
         job = Job(payload.config, _read_manifests(run, Path(temporary)), payload.run_id, run, payload.started_at)
-        latest = ray.train.get_checkpoint()
-        if latest is None:
-            loop.run(job, runtime, None)
-        else:
-            with latest.as_directory() as path:
-                loop.run(job, runtime, Checkpoint.open(Path(path)))
+        with _latest(runtime) as checkpoint:
+            loop.run(job, runtime, checkpoint)
         if rank == 0 and not run.local:
             shutil.rmtree(folder / "staging", ignore_errors=True)
             run.upload(folder)
+
+
+@contextmanager
+def _latest(runtime: Runtime) -> Iterator[Checkpoint | None]:
+    """The newest whole checkpoint of the run; None where it has not got to one.
+
+    Raises:
+        UserError: it has checkpoints, and all of them are broken.
+    """
+    if ray.train.get_checkpoint() is None:
+        yield None
+        return
+    problems: list[str] = []
+    for reported in reversed(ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)):
+        with reported.checkpoint.as_directory() as path:
+            try:
+                checkpoint = Checkpoint.open(Path(path))
+            except UserError as error:
+                problems.append(str(error))
+                if runtime.is_main:
+                    runtime.notify({"message": f"{error}: trying the one before"})
+                continue
+            yield checkpoint
+            return
+    raise UserError("; ".join(problems))
+
+
+class _Line:
+    """Rank 0's line to the driver: progress goes out, and the answers, which nobody waits for, say whether to stop."""
+
+    def __init__(self, board: ActorHandle) -> None:
+        self._board = board
+        self._answer: ray.ObjectRef | None = None
+
+    def notify(self, update: dict[str, Any]) -> None:
+        self._answer = self._board.post.remote(update)
+
+    def stop_asked(self) -> bool:
+        return self._answer is not None and bool(ray.wait([self._answer], timeout=0)[0]) and ray.get(self._answer)
 
 
 def _host_group(world: int) -> dist.ProcessGroup | None:
@@ -74,6 +116,8 @@ def _host_group(world: int) -> dist.ProcessGroup | None:
 
 def _commit(staged: Path | None, name: str, state: TrainState, *, run: Folder, folder: Path) -> None:
     """Report the checkpoint to Ray Train, which copies it to the run folder and keeps the last two."""
+    while staged and run.exists(name):
+        name += "_again"  # the run went back to an earlier checkpoint; Ray will delete the old one by its name
     metrics = {"global_step": state.global_step, "epoch": state.epoch}
     checkpoint = ray.train.Checkpoint.from_directory(str(staged)) if staged else None
     ray.train.report(metrics, checkpoint, checkpoint_dir_name=name, delete_local_checkpoint_after_upload=True)

@@ -48,6 +48,7 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
         _stream,
         partial(_keep, folder),
         lambda update: None,
+        lambda: False,
         folder,
     )
     loop.run(job, runtime, Checkpoint.open(Path(checkpoint)) if checkpoint else None)

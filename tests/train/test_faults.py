@@ -57,7 +57,7 @@ def require_same(run: Path, undisturbed: Path) -> None:
     assert records(run) == records(undisturbed)
     same_checkpoint(run / "best", undisturbed / "best")
     last = f"checkpoint_{EPOCHS * STEPS:08d}_test"
-    same_checkpoint(run / last, undisturbed / "kept" / last)
+    same_checkpoint(newest(run), undisturbed / "kept" / last)
     files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     assert len({file.name for file in files}) == 1
     steps = [row["_step"] for file in files for row in read_history(file) if "train/batch_loss" in row]
@@ -137,19 +137,60 @@ def test_a_killed_loader_changes_nothing(small_coco, undisturbed, tmp_path):
     require_same(run, undisturbed)
 
 
-def test_a_killed_driver_leaves_nothing_and_the_same_command_goes_on(small_coco, undisturbed, tmp_path):
-    file = write(config(small_coco, tmp_path / "runs"))
-    run = tmp_path / "runs" / "run"
-    command = [sys.executable, "-W", "ignore", str(JOBS / "train.py"), "--config", str(file)]
-    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with when_at(run, 2 * STEPS + 3, lambda: children(driver)) as seen:
+def command(file: Path) -> list[str]:
+    return [sys.executable, "-W", "ignore", str(JOBS / "train.py"), "--config", str(file)]
+
+
+def start_and_signal(file: Path, run: Path, step: int, number: int) -> tuple[int, str]:
+    """Start the job as a terminal does and signal its process group at a step; -> exit status and output.
+
+    Nothing that it started may be left.
+    """
+    driver = subprocess.Popen(
+        command(file), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    with when_at(run, step, lambda: children(driver)) as seen:
         while driver.poll() is None and not seen:
             time.sleep(0.01)
-        driver.send_signal(signal.SIGKILL)
-    driver.communicate(timeout=60)
+        os.killpg(driver.pid, number)
+        output, _ = driver.communicate(timeout=120)
     assert len(seen[0]) > 5 and not psutil.wait_procs(seen[0], timeout=30)[1]
-    assert steps_done(run) < EPOCHS * STEPS
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return driver.returncode, output
+
+
+def newest(run: Path) -> Path:
+    return max(run.glob("checkpoint_*/state.json"), key=lambda file: file.stat().st_mtime).parent
+
+
+def test_ctrl_c_keeps_a_checkpoint_of_the_step_and_the_same_command_goes_on(small_coco, undisturbed, tmp_path):
+    file = write(config(small_coco, tmp_path / "runs"))
+    run = tmp_path / "runs" / "run"
+    status, output = start_and_signal(file, run, 2 * STEPS + 1, signal.SIGINT)
+    assert status == 128 + signal.SIGINT, output
+    assert "with a checkpoint" in output and "Traceback" not in output
+    step = steps_done(run)
+    assert step < EPOCHS * STEPS
+    state = json.loads((newest(run) / "state.json").read_text())["state"]
+    assert state["global_step"] == step
+    again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
-    assert "goes on from step" in again.stdout
+    assert f"goes on from step {step}" in again.stdout
+    require_same(run, undisturbed)
+
+
+def test_a_killed_driver_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before(
+    small_coco, undisturbed, tmp_path
+):
+    file = write(config(small_coco, tmp_path / "runs"))
+    run = tmp_path / "runs" / "run"
+    status, _ = start_and_signal(file, run, 2 * STEPS + 3, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    assert steps_done(run) < EPOCHS * STEPS
+    weights = newest(run) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1  # still a safetensors file
+    weights.write_bytes(content)
+    again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr
+    assert "SHA-256 differs): trying the one before" in again.stdout and "goes on from step" in again.stdout
     require_same(run, undisturbed)
