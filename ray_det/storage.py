@@ -76,7 +76,7 @@ class Folder:
 
     def replace(self, source: Path, name: str) -> None:
         """Put a local folder at `name` in place of the one there. On a local disk by renaming: whoever has the old
-        one's files open keeps them, and a kill leaves the old or the new one, never a mixture."""
+        one's files open keeps them, and a kill leaves the old one, the new one or none, never a mixture."""
         if not (target := (self / name).local):
             return self.upload(source, name)
         new, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -54,8 +55,9 @@ class TrainState:
 def save_checkpoint(
     folder: Path, detector: Detector, optimizer: torch.optim.Optimizer | None, state: TrainState, facts: RunFacts
 ) -> None:
-    """Write a checkpoint into an empty folder; without an optimizer it can be evaluated but not trained on."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint in place of the folder; without an optimizer it can be evaluated but not trained on."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     save_model(detector, str(folder / "model.safetensors"))
     if optimizer is not None:
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
