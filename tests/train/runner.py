@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,8 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
         lambda: False,
         folder,
     )
-    loop.run(job, runtime, Checkpoint.open(Path(checkpoint)) if checkpoint else None)
+    with frozen_norms(spec.get("frozen_norms", False)):
+        loop.run(job, runtime, Checkpoint.open(Path(checkpoint)) if checkpoint else None)
     return folder
 
 
@@ -83,20 +86,22 @@ def _keep(folder: Path, staged: Path | None, name: str, state: Any) -> None:
         dist.barrier()
 
 
-def freeze_norms() -> None:
+@contextmanager
+def frozen_norms(frozen: bool) -> Iterator[None]:
     """Every batch norm of this process normalises with the statistics it was made or loaded with."""
 
     def freeze(module: Module, _: Any) -> None:
         if isinstance(module, BatchNorm2d):
             module.eval()
 
-    register_module_forward_pre_hook(freeze)
+    hook = register_module_forward_pre_hook(freeze) if frozen else None
+    yield
+    if hook:
+        hook.remove()
 
 
 def main(path: Path, rank: int) -> None:
     spec = json.loads(path.read_text())
-    if spec.get("frozen_norms"):
-        freeze_norms()
     with process_group(path.with_name("store"), rank, spec["world"]):
         run_alone(spec, rank)
 

@@ -99,7 +99,7 @@ def alone(request, small_coco, tmp_path_factory):
     """(family, spec, records) of one worker."""
     storage = tmp_path_factory.mktemp("alone")
     asked = settled(small_coco, storage, request.param)
-    return request.param, asked, records(run_world(asked, storage))
+    return request.param, asked, records(run_alone(asked))
 
 
 def test_the_curve_is_the_golden_one(alone):
@@ -145,7 +145,7 @@ def main() -> None:
         for family in FAMILIES:
             storage = Path(scratch) / family
             storage.mkdir()
-            run = records(run_world(settled(data, storage, family), storage))
+            run = records(run_alone(settled(data, storage, family)))
             content["curves"][family] = {name: curve(run, name) for name in TOLERANCES}
     GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
 

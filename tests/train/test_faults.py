@@ -35,6 +35,7 @@ def config(small_coco: dict[str, Path], storage: Path) -> dict[str, Any]:
         "data": {split: str(path) for split, path in small_coco.items()} | {"image_size": 96},
         "model": FAMILIES["fcos"].model_dump(),
         "train": {"epochs": EPOCHS, "global_batch_size": 2, "precision": "fp32", "checkpoint_every_steps": 5},
+        "eval": {"every_epochs": 2},
         "workers": {"threads": 1},
         "wandb": {"mode": "offline"},
     }
@@ -162,34 +163,25 @@ def newest(run: Path) -> Path:
     return max(run.glob("checkpoint_*/state.json"), key=lambda file: file.stat().st_mtime).parent
 
 
-def test_ctrl_c_keeps_a_checkpoint_of_the_step_and_the_same_command_goes_on(small_coco, undisturbed, tmp_path):
+def test_a_stopped_a_killed_and_a_corrupted_run_go_on_by_the_same_command(small_coco, undisturbed, tmp_path):
+    """Ctrl-C keeps a checkpoint of the step. After SIGKILL the newest checkpoint is damaged: the one before is used."""
     file = write(config(small_coco, tmp_path / "runs"))
     run = tmp_path / "runs" / "run"
-    status, output = start_and_signal(file, run, 2 * STEPS + 1, signal.SIGINT)
+    status, output = start_and_signal(file, run, STEPS + 1, signal.SIGINT)
     assert status == 128 + signal.SIGINT, output
     assert "with a checkpoint" in output and "Traceback" not in output
-    step = steps_done(run)
-    assert step < EPOCHS * STEPS
-    state = json.loads((newest(run) / "state.json").read_text())["state"]
-    assert state["global_step"] == step
-    again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert again.returncode == 0, again.stderr
-    assert f"goes on from step {step}" in again.stdout
-    require_same(run, undisturbed)
+    stopped_at = steps_done(run)
+    assert stopped_at < EPOCHS * STEPS
+    assert json.loads((newest(run) / "state.json").read_text())["state"]["global_step"] == stopped_at
 
-
-def test_a_killed_driver_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before(
-    small_coco, undisturbed, tmp_path
-):
-    file = write(config(small_coco, tmp_path / "runs"))
-    run = tmp_path / "runs" / "run"
-    status, _ = start_and_signal(file, run, 2 * STEPS + 3, signal.SIGKILL)
-    assert status == -signal.SIGKILL
+    status, output = start_and_signal(file, run, 2 * STEPS + 3, signal.SIGKILL)
+    assert status == -signal.SIGKILL, output
     assert steps_done(run) < EPOCHS * STEPS
     weights = newest(run) / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1  # still a safetensors file
     weights.write_bytes(content)
+
     again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
     assert "SHA-256 differs): trying the one before" in again.stdout and "goes on from step" in again.stdout
