@@ -95,9 +95,11 @@ def frozen_norms(frozen: bool) -> Iterator[None]:
             module.eval()
 
     hook = register_module_forward_pre_hook(freeze) if frozen else None
-    yield
-    if hook:
-        hook.remove()
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
 
 
 def main(path: Path, rank: int) -> None:
