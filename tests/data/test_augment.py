@@ -1,5 +1,7 @@
 """Geometry and colour: boxes go where their pixels go, everything stays on the canvas, all of it is seeded."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -41,6 +43,17 @@ def test_boxes_follow_the_pixels(seed, height, width, scale, flip):
         return
     found = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
     assert np.abs(found - boxes[0]).max() <= 1.5
+
+
+def test_a_flip_at_the_original_size_is_exact_to_the_pixel():
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[5:20, 7:30] = 255
+    view = replace(augment.whole((40, 60), (40, 60)), flip=True)
+    out = np.empty_like(image)
+    augment.apply(view, image, out)
+    boxes, _ = augment.apply_to_boxes(view, np.array([[7.0, 5.0, 30.0, 20.0]]), 0.25)
+    ys, xs = np.nonzero(out[..., 0])
+    assert boxes.tolist() == [[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]] == [[30, 5, 53, 20]]
 
 
 def test_scale_above_one_never_pads():

@@ -68,6 +68,15 @@ def test_clipping_bounds_the_gradient_and_the_norm_is_of_before():
     assert norms[0.0] == norms[0.01] > 0.01
 
 
+def test_the_gradient_is_the_mean_over_micro_batches():
+    """Twice the same one is as good as one of it."""
+    norms = []
+    for batches in ([micro_batch()], [micro_batch(), micro_batch()]):
+        optimizer = torch.optim.SGD((detector := build("fcos").train()).parameters(), lr=0.0)
+        norms.append(train_step(detector, optimizer, batches, clip_norm=0.0, **STEP).grad_norm)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 def test_losses_are_means_over_micro_batches():
     batches = [micro_batch(2, seed=s) for s in range(2)]
     batches = [replace(b, index=i) for i, b in enumerate(batches)]
