@@ -33,7 +33,7 @@ def hold(storage: Folder, name: str, say: Callable[[str], None]) -> Iterator[Non
     """
     folder, file = storage / ".locks", f"{name}.json"
     _wait_for_a_dead_holder(folder, file, name, say)
-    me = {"token": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
+    me = {"token": secrets.token_hex(8), "host": socket.gethostname(), "namespace": _namespace(), "pid": os.getpid()}
     me["since"] = datetime.now().astimezone().isoformat(timespec="seconds")
     ended = threading.Event()
 
@@ -79,13 +79,21 @@ def _read(folder: Folder, file: str) -> dict[str, Any] | None:
     """The lock; None where there is none, or nothing that this version wrote."""
     try:
         lock = folder.read_json(file)
-        return lock if {"token", "host", "pid", "since", "beat"} <= lock.keys() else None
+        return lock if {"token", "host", "namespace", "pid", "since", "beat"} <= lock.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
+def _namespace() -> str:
+    """Of process ids: two containers may share a host's name and not see each other's processes."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # not on Linux
+        return ""
+
+
 def _is_gone(lock: dict[str, Any]) -> bool:
-    if lock["host"] != socket.gethostname():
+    if (lock["host"], lock["namespace"]) != (socket.gethostname(), _namespace()):
         return False
     try:
         os.kill(int(lock["pid"]), 0)
