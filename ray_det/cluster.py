@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would come twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, without the warning
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 seconds that a spot node may have
 }
 
 
@@ -33,14 +34,16 @@ def start_ray(workers: WorkersConfig) -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers.num * workers.cpus > cores:
+    if workers.least * workers.cpus > cores:
         raise UserError(
-            f"no room for {workers.num} workers with {workers.cpus:g} CPUs each: this machine has {cores} CPUs "
+            f"no room for {workers.least} workers with {workers.cpus:g} CPUs each: this machine has {cores} CPUs "
             "(see --workers.num and --workers.cpus)"
         )
     # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+    fitting = min(workers.most, int(cores // workers.cpus))
     ray.init(
-        num_cpus=cores + int(-(-workers.num * workers.cpus // 1)),
+        num_cpus=cores + int(-(-fitting * workers.cpus // 1)),
         include_dashboard=False,  # seconds of start-up and a process that computes beside the training
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -54,6 +57,13 @@ def prepare_environment() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile its imports anew
 
 
+def set_limits(workers: WorkersConfig) -> None:
+    """Limits that Ray Train takes from the environment of the process that calls `fit`."""
+    # A rank's own watch, which knows more, speaks first.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.stall_timeout_s + 5)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(workers.start_timeout_s)
+
+
 @dataclass(frozen=True)
 class Room:
     """What the cluster gives to each worker of a job."""
@@ -61,10 +71,11 @@ class Room:
     gpu: bool  # whether workers get a GPU each
     loader_cpus: float  # that a worker's loaders may use
     threads: int  # torch threads of a worker
+    several_nodes: bool  # so that one may be taken away and the run goes on
 
 
 def require_room(workers: WorkersConfig) -> Room:
-    """What each worker gets, once the cluster has room for all.
+    """What each worker gets, once the cluster has room for all, or for as many as the run needs.
 
     Raises:
         UserError: it has none after `start_timeout_s`, where an autoscaler might have added nodes.
@@ -75,19 +86,21 @@ def require_room(workers: WorkersConfig) -> Room:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpu = workers.use_gpu
         if gpu is None:
-            gpu = _fitting(nodes, workers.cpus, gpus=1) >= workers.num
+            gpu = _fitting(nodes, workers.cpus, gpus=1) >= workers.least
         fitting = _fitting(nodes, workers.cpus, gpus=int(gpu))
-        left = sum(node.get("CPU", 0) for node in nodes) - workers.num * workers.cpus
-        if fitting >= workers.num and left >= 1:
-            share = left / workers.num
-            return Room(gpu, share, workers.threads or max(1, int(share)))
+        start = min(fitting, workers.most)
+        left = sum(node.get("CPU", 0) for node in nodes) - start * workers.cpus
+        if fitting >= workers.least and left >= 1:
+            share = left / start
+            return Room(gpu, share, workers.threads or max(1, int(share)), len(nodes) > 1)
         if local or time.monotonic() > deadline:
             break
         time.sleep(1)
     need = f"{workers.cpus:g} CPUs" + (" and a GPU" if gpu else "")
     have = ", ".join(f"{n.get('CPU', 0):g} CPUs {n.get('GPU', 0):g} GPUs" for n in nodes)
     raise UserError(
-        f"no room for {workers.num} workers with {need} each beside a CPU for loaders: the cluster's nodes have {have}"
+        f"no room for {workers.least} workers with {need} each beside a CPU for loaders: "
+        f"the cluster's nodes have {have}"
     )
 
 
@@ -95,8 +108,12 @@ def scaling(workers: WorkersConfig, room: Room) -> ScalingConfig:
     """Ray Train's words for it."""
     from ray.train import ScalingConfig
 
-    resources = {"CPU": workers.cpus} | ({"GPU": 1} if room.gpu else {})
-    return ScalingConfig(num_workers=workers.num, use_gpu=room.gpu, resources_per_worker=resources)
+    return ScalingConfig(
+        num_workers=workers.num if isinstance(workers.num, int) else (workers.least, workers.most),
+        use_gpu=room.gpu,
+        resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if room.gpu else {}),
+        elastic_resize_monitor_interval_s=workers.resize_interval_s,
+    )
 
 
 def _fitting(nodes: list[dict[str, float]], cpus: float, gpus: int) -> int:

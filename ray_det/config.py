@@ -126,7 +126,10 @@ class EvalConfig(Section):
 
 
 class WorkersConfig(Section):
-    num: PositiveInt = Field(default=1, description="train workers (one GPU each where GPUs are used)")
+    num: PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d*\.\.[1-9]\d*$")] = Field(
+        default=1,
+        description="train workers (one GPU each where GPUs are used); 2..8: as many as the cluster has room for",
+    )
     threads: PositiveInt | None = Field(
         default=None, description="torch threads per worker; default: the node's cores / workers"
     )
@@ -136,6 +139,34 @@ class WorkersConfig(Section):
         default=60, description="seconds to wait for a cluster with room for all workers"
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(default=3, description="worker failures to recover from")
+    max_preemption_failures: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="nodes taken away by the cluster to recover from"
+    )
+    resize_interval_s: Annotated[float, Field(gt=0)] = Field(
+        default=60, description="seconds between looks whether a range of workers has room for more"
+    )
+    stall_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=600, description="seconds without progress after which a worker is reported and restarted"
+    )
+    storage_timeout_s: NonNegative = Field(
+        default=120, description="seconds that a storage or data set may be out of reach, or a disk full"
+    )
+
+    @property
+    def least(self) -> int:
+        """Workers that a run needs."""
+        return self.num if isinstance(self.num, int) else int(self.num.split("..")[0])
+
+    @property
+    def most(self) -> int:
+        """Workers that a run takes where there is room; a global batch is laid out for them."""
+        return self.num if isinstance(self.num, int) else int(self.num.split("..")[1])
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkersConfig:
+        if self.least > self.most:
+            raise ValueError(f"workers.num {self.num}: {self.least} > {self.most}")
+        return self
 
 
 class WandbConfig(Section):
@@ -168,7 +199,7 @@ class TrainJobConfig(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainJobConfig:
-        micro_batches(self.train, self.workers.num)
+        micro_batches(self.train, self.workers.most)
         return self
 
 

@@ -29,6 +29,10 @@ class Stopped(Exception):  # noqa: N818  not an error
         self.signal_number = signal_number
 
 
+class Preempted(Exception):  # noqa: N818  not an error
+    """A node of the run is about to be taken away, and a checkpoint is kept: the run goes on elsewhere."""
+
+
 @dataclass(frozen=True)
 class ClassList:
     """The classes of a dataset. `label` is the contiguous index 0..C-1, `category_id` is COCO's id.

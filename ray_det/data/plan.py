@@ -60,18 +60,23 @@ class EpochPlan:
     def steps(self) -> int:
         return len(self.rows_SMB)
 
-    def assign(self, rank: int, world: int, start_step: int = 0) -> Assignment:
-        """Rank `rank`'s M / world micro-batches of every step from `start_step` on.
+    def micro_batches_of(self, rank: int, world: int) -> range:
+        """Rank `rank`'s micro-batches of every step: M / world of them, rounded up or down.
 
         Raises:
-            ValueError: the world does not divide M.
+            ValueError: there are more ranks than micro-batches.
         """
-        steps, micro, size = self.rows_SMB.shape
-        if micro % world:
-            raise ValueError(f"{micro} micro-batches per step are not divisible among {world} workers")
-        share = micro // world
-        index = np.tile(np.arange(rank * share, (rank + 1) * share), steps - start_step)
-        step = np.repeat(np.arange(start_step, steps), share)
+        micro = self.rows_SMB.shape[1]
+        if world > micro:
+            raise ValueError(f"{micro} micro-batches per step are too few for {world} workers")
+        return range(rank * micro // world, (rank + 1) * micro // world)
+
+    def assign(self, rank: int, world: int, start_step: int = 0) -> Assignment:
+        """Rank `rank`'s micro-batches of every step from `start_step` on."""
+        steps, _, size = self.rows_SMB.shape
+        own = self.micro_batches_of(rank, world)
+        index = np.tile(np.arange(own.start, own.stop), steps - start_step)
+        step = np.repeat(np.arange(start_step, steps), len(own))
         return Assignment(
             keys=np.stack([np.full_like(step, self.epoch), step, index], axis=1).astype(np.int32),
             canvas=self.canvas_S2[step],

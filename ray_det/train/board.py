@@ -1,4 +1,4 @@
-"""A small actor between train workers and the driver: progress one way, and what cannot be mended by a restart."""
+"""A small actor between train workers and the driver: progress one way, and how a run ended where no restart helps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Board:
 
     def __init__(self) -> None:
         self._updates: list[dict[str, Any]] = []
-        self._failure: tuple[str, str] | None = None
+        self._ending: Exception | None = None
         self._stop = False
 
     def post(self, update: dict[str, Any]) -> bool:
@@ -32,12 +32,12 @@ class Board:
         updates, self._updates = self._updates, []
         return updates
 
-    def fail(self, kind: str, text: str) -> None:
-        """Note a failure that would come again after a restart; the first one counts."""
-        self._failure = self._failure or (kind, text)
+    def end(self, how: Exception) -> None:
+        """Note an end after which the workers must not be started again; the first one counts."""
+        self._ending = self._ending or how
 
-    def failure(self) -> tuple[str, str] | None:
-        return self._failure
+    def ending(self) -> Exception | None:
+        return self._ending
 
 
 def start_board() -> Any:

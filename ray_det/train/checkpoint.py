@@ -55,12 +55,22 @@ class TrainState:
 def save_checkpoint(
     folder: Path, detector: Detector, optimizer: torch.optim.Optimizer | None, state: TrainState, facts: RunFacts
 ) -> None:
-    """Write a checkpoint in place of the folder; without an optimizer it can be evaluated but not trained on."""
+    """Write a checkpoint in place of the folder; without an optimizer it can be evaluated but not trained on.
+
+    Raises:
+        OSError: the disk is full, or broken.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_model(detector, str(folder / "model.safetensors"))
-    if optimizer is not None:
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    try:
+        save_model(detector, str(folder / "model.safetensors"))
+        if optimizer is not None:
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    except (SafetensorError, RuntimeError) as error:  # as which both libraries report a full disk
+        size = sum(t.nbytes for t in detector.state_dict().values()) * (1 if optimizer is None else 3)
+        if (free := shutil.disk_usage(folder).free) > size:
+            raise
+        raise OSError(f"no space left: a checkpoint takes {size >> 20} MiB, {free >> 20} MiB are free") from error
     content = {
         "format": FORMAT,
         "state": asdict(state),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch.distributed as dist
 
-from ray_det.config import micro_batches
 from ray_det.data.manifest import Manifest
 from ray_det.evaluate.gather import gather_lists
 from ray_det.evaluate.inference import Inferred
@@ -22,6 +21,7 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
         pictures: images drawn with their boxes to the tracker.
     """
     runtime, config, manifest = session.runtime, session.config, session.job.manifests[split]
+    session.at("evaluation")
     sync_buffers(session.detector)
     shown = _shown(manifest, pictures)
     detections, drawn, losses = [], [], []
@@ -31,15 +31,17 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
         config.data,
         runtime.stream,
         runtime.device,
-        batch_size=config.eval.batch_size or micro_batches(config.train, runtime.world)[1],
+        batch_size=config.eval.batch_size or session.micro_batches[1],
         rank=runtime.rank,
         world=runtime.world,
         bf16=session.bf16,
         with_loss=True,
     ):
+        session.at("evaluation")
         detections += inferred.detections
         losses.append((inferred.batch.step, (inferred.loss or 0.0) * len(inferred.detections)))
         drawn += _pictures(inferred, shown)
+    session.at("gathering and scoring of detections")
     gathered = [gather_lists(part, runtime.group) for part in (detections, losses, drawn)]
     metrics: dict[str, float] | None = None
     if gathered[0] is not None and gathered[1] is not None and gathered[2] is not None:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from ray_det.cluster import Room, require_room, scaling, start_ray
+from ray_det.cluster import Room, require_room, scaling, set_limits, start_ray
 from ray_det.config import TrainJobConfig
 from ray_det.data.headers import HeaderChunk
 from ray_det.report.progress import ProgressPrinter
@@ -23,7 +24,7 @@ from ray_det.train.board import start_board
 from ray_det.train.job import Job, Payload, train_worker
 from ray_det.train.lock import hold
 from ray_det.train.start import begin, finished_summary
-from ray_det.types import Stopped, TrainingError, UserError
+from ray_det.types import Preempted, Stopped, TrainingError
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -42,7 +43,7 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
     """
     # Seconds of imports, while this thread reads data and waits for Ray. (`ray.init` belongs into the main thread.)
     threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
-    with hold(Folder.at(config.storage), config.name, say):
+    with hold(Folder.at(config.storage, config.workers.storage_timeout_s), config.name, say):
         job = begin(config, started_at, say, partial(_map_headers, config))
         done = finished_summary(job)
         if done is not None:
@@ -61,33 +62,49 @@ def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: l
 
 
 def _fit(job: Job, room: Room) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    """Fit to the end: anew, from the last checkpoint, after every node that the cluster announced to take away."""
+    ending: Exception | None = None
+    error: Exception | None = None
+    for _ in range(job.config.workers.max_preemption_failures + 1):
+        board = start_board()
+        with _signals() as asked, TemporaryDirectory(prefix="ray_det_") as scratch:
+            error = _follow(_trainer(job, room, board, scratch), board, asked)
+        ending = ray.get(board.ending.remote())
+        if asked and finished_summary(job) is None:
+            raise Stopped(f"the same command goes on: {job.run.uri}", asked[0])
+        if not isinstance(ending, Preempted):
+            break
+    else:
+        raise TrainingError(f"more than {job.config.workers.max_preemption_failures} nodes were taken away")
+    if failure := ending or error:
+        raise failure
+
+
+def _trainer(job: Job, room: Room, board: Any, scratch: str) -> TorchTrainer:
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from ray_det.train.restarts import Restarts
+
     config, workers = job.config, job.config.workers
-    board = start_board()
+    set_limits(workers)
     payload = Payload(config, job.run_id, job.run, job.started_at, room, board)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config={"payload": payload},
         torch_config=TorchConfig(backend="nccl" if room.gpu else "gloo"),
         scaling_config=scaling(workers, room),
         run_config=RunConfig(
             name=config.name,
-            storage_path=job.run.uri.rsplit("/", 1)[0],
-            failure_config=FailureConfig(max_failures=workers.max_failures, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            storage_path=scratch,  # checkpoints are kept by ray_det.train.store
+            callbacks=[Restarts(board)],
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures,
+                max_preemption_failures=workers.max_preemption_failures,
+                controller_failure_limit=3,
+            ),
         ),
     )
-    with _signals() as asked:
-        error = _follow(trainer, board, asked)
-    failure = ray.get(board.failure.remote())
-    if failure:
-        raise (UserError if failure[0] == "user" else TrainingError)(failure[1])
-    if asked and finished_summary(job) is None:
-        raise Stopped(f"the same command goes on: {job.run.uri}", asked[0])
-    if error:
-        raise error
 
 
 def _follow(trainer: TorchTrainer, board: Any, asked: list[int]) -> Exception | None:

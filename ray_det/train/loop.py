@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from ray_det.config import micro_batches
 from ray_det.data.collate import shard
 from ray_det.data.plan import EpochPlan
 from ray_det.train.checkpoint import Checkpoint
@@ -27,7 +26,7 @@ from ray_det.train.job import Job
 from ray_det.train.optim import learning_rate, set_learning_rate
 from ray_det.train.session import Runtime, Session, open_session
 from ray_det.train.step import StepResult, train_step
-from ray_det.types import Stopped, TrainingError
+from ray_det.types import Preempted, Stopped, TrainingError
 
 
 def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
@@ -35,6 +34,7 @@ def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
 
     Raises:
         Stopped: it was asked to, and a checkpoint of the last step is kept.
+        Preempted: a node is about to be taken away, and a checkpoint of the last step is kept.
         TrainingError: loss or gradient stayed non-finite.
         UserError: an input that the preflight could not see to be wrong.
     """
@@ -49,7 +49,7 @@ def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
             session.save(phase="test")
         finish(session)
         exit_code = 0
-    except Stopped:
+    except (Stopped, Preempted):
         exit_code = 0  # wandb calls anything else a failure
         raise
     finally:
@@ -60,10 +60,11 @@ def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
 def _train_epoch(session: Session) -> None:
     """The rest of the current epoch; ends with a checkpoint from which validation goes on."""
     runtime, config = session.runtime, session.config
+    session.at("plan")
     plan = session.plan(session.state.epoch)
     if session.state.step == 0:
         _announce(session, plan)
-    share = micro_batches(config.train, runtime.world)[0] // runtime.world
+    own = plan.micro_batches_of(runtime.rank, runtime.world)
     work = shard(
         session.job.manifests["train"],
         plan.assign(runtime.rank, runtime.world, session.state.step),
@@ -72,7 +73,8 @@ def _train_epoch(session: Session) -> None:
     batches = runtime.stream(work)
     mark = time.perf_counter()
     for step in range(session.state.step, plan.steps):
-        micro = [next(batches) for _ in range(share)]
+        session.at("data")
+        micro = [next(batches) for _ in own]
         wait = time.perf_counter() - mark
         rate = learning_rate(config.optim, session.state.global_step, plan.steps, config.train.epochs)
         set_learning_rate(session.optimizer, rate)
@@ -84,15 +86,19 @@ def _train_epoch(session: Session) -> None:
             clip_norm=config.optim.clip_norm,
             seed=config.seed,
             global_step=session.state.global_step,
+            share=session.micro_batches[0] / runtime.world,
             bf16=session.bf16,
-            stop=runtime.stop_asked(),
+            asked=runtime.asked(),
+            at=session.at,
         )
         _advance(session, plan, step, result)
         now = time.perf_counter()
         _log_step(session, plan, result, rate, seconds=now - mark, wait=wait)
         mark = now
-        if result.stop:
-            _stop(session, last=step + 1 == plan.steps)
+        if result.asked.stop:
+            _leave(session, "stopped", Stopped(), last=step + 1 == plan.steps)
+        if result.asked.look and runtime.preempted():
+            _leave(session, "a node is about to be taken away: left", Preempted(), last=step + 1 == plan.steps)
         every = config.train.checkpoint_every_steps
         if every and session.state.global_step % every == 0 and step + 1 < plan.steps:
             session.save()
@@ -102,12 +108,12 @@ def _train_epoch(session: Session) -> None:
     session.save(phase="validate")
 
 
-def _stop(session: Session, last: bool) -> None:
+def _leave(session: Session, what: str, outcome: Exception, *, last: bool) -> NoReturn:
     """Keep a checkpoint of now and end; `last`: of the epoch's steps."""
     session.save(phase="validate" if last else "train")
     if session.runtime.is_main:
-        session.runtime.notify({"message": f"stopped after step {session.state.global_step}, with a checkpoint"})
-    raise Stopped
+        session.runtime.notify({"message": f"{what} after step {session.state.global_step}, with a checkpoint"})
+    raise outcome
 
 
 def _advance(session: Session, plan: EpochPlan, step: int, result: StepResult) -> None:

@@ -6,6 +6,7 @@ The loop knows Ray only through `Runtime`: `launch` fills it for Ray's train wor
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +23,13 @@ from ray_det.data.plan import EpochPlan, plan_epoch
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
 from ray_det.report.tracker import Tracker
+from ray_det.retry import patiently, reason
+from ray_det.storage import StorageError
 from ray_det.train.checkpoint import Checkpoint, TrainState, save_checkpoint
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer
-from ray_det.train.step import make_deterministic, use_bf16, wrap_ddp
+from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
+from ray_det.train.store import name_of
 from ray_det.types import MicroBatch
 
 BEST = "best"
@@ -42,10 +46,12 @@ class Runtime:
     group: dist.ProcessGroup | None  # moves host objects (gloo); None: one process
     threads: int
     stream: Callable[[Shard], Iterator[MicroBatch]]  # loads a shard's micro-batches, in order
-    commit: Callable[[Path | None, str, TrainState], None]
+    commit: Callable[[Path | None, str], None]
     """Keep rank 0's staged checkpoint (None elsewhere) under a name; all ranks call it, none returns before all did."""
     notify: Callable[[dict[str, Any]], None]  # progress, for whoever watches
-    stop_asked: Callable[[], bool]  # whether this rank was asked to stop
+    asked: Callable[[], Asked]  # what this rank wants of all of them
+    preempted: Callable[[], bool]  # whether a rank's node is about to be taken away; all ranks call it
+    at: Callable[[str, int], None]  # what this rank does next, and the global step: for a watch
     folder: Path  # local; on rank 0 it holds metrics.jsonl, the report and staged checkpoints
 
     @property
@@ -83,7 +89,7 @@ class Session:
 
     def plan(self, epoch: int) -> EpochPlan:
         table = self.job.manifests["train"].table
-        number, size = micro_batches(self.config.train, self.runtime.world)
+        number, size = self.micro_batches
         return plan_epoch(
             table["height"].to_numpy(),
             table["width"].to_numpy(),
@@ -96,6 +102,14 @@ class Session:
             epoch=epoch,
         )
 
+    @property
+    def micro_batches(self) -> tuple[int, int]:
+        """(M, B): micro-batches of a global batch, images of a micro-batch."""
+        return micro_batches(self.config.train, self.config.workers.most)
+
+    def at(self, phase: str) -> None:
+        self.runtime.at(phase, self.state.global_step)
+
     def load_spec(self, *, training: bool) -> LoadSpec:
         data = self.config.data
         return LoadSpec(data.resize, data.padding, self.config.seed, self.config.augment if training else None)
@@ -104,18 +118,29 @@ class Session:
         """Change the state and keep a checkpoint of it; all ranks call it."""
         lines = self.tracker.lines if self.tracker else 0
         self.state = replace(self.state, **changes, log_lines=lines)
-        name = f"checkpoint_{self.state.global_step:08d}_{self.state.phase}"
+        name = name_of(self.state.global_step, self.state.phase)
+        self.at("checkpoint")
         folder = self.runtime.folder / "staging" / name if self.runtime.is_main else None
         if folder:
-            save_checkpoint(folder, self.detector, self.optimizer, self.state, self.job.facts)
-        self.runtime.commit(folder, name, self.state)
+            self._stage(folder, self.optimizer)
+        self.runtime.commit(folder, name)
 
     def save_best(self) -> None:
         """Put the weights of now in the run folder's `best`; rank 0 does it, all ranks call it."""
         if self.runtime.is_main:
             staged = self.runtime.folder / "staging" / BEST
-            save_checkpoint(staged, self.detector, None, self.state, self.job.facts)
+            self._stage(staged, None)
             self.job.run.replace(staged, BEST)
+
+    def _stage(self, folder: Path, optimizer: torch.optim.Optimizer | None) -> None:
+        def save() -> None:
+            save_checkpoint(folder, self.detector, optimizer, self.state, self.job.facts)
+
+        try:
+            patiently(save, patience_s=self.job.run.patience_s)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StorageError(f"cannot write {folder}: {reason(error)}") from error
 
     def note_nonfinite(self, record: dict[str, Any]) -> None:
         """Append to the run folder's list of skipped steps."""

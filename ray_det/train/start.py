@@ -36,7 +36,7 @@ def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None],
     Raises:
         UserError: the data cannot be trained on, or the run folder holds a run of another configuration.
     """
-    run = Folder.at(config.storage) / config.name
+    run = Folder.at(config.storage, config.workers.storage_timeout_s) / config.name
     if config.overwrite:
         run.delete()
     config = config.model_copy(update={"data": with_embedded_data(config, say)})
@@ -105,10 +105,10 @@ def _resolved(config: TrainJobConfig, known: dict[str, Any] | None) -> TrainJobC
     size = config.train.micro_batch_size
     if size is None and known is not None:
         size = known["config"]["train"]["micro_batch_size"]
-    update = {"micro_batch_size": size or micro_batches(config.train, config.workers.num)[1]}
+    update = {"micro_batch_size": size or micro_batches(config.train, config.workers.most)[1]}
     config = config.model_copy(update={"train": config.train.model_copy(update=update)})
     try:
-        micro_batches(config.train, config.workers.num)
+        micro_batches(config.train, config.workers.most)
     except ValueError as error:
         raise UserError(str(error)) from None
     return config

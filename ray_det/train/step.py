@@ -6,9 +6,10 @@ is normalised by itself and its random numbers come from (seed, step, index), so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,16 @@ from ray_det.models.detector import Detector, to_device
 from ray_det.types import MicroBatch
 
 
+class Asked(NamedTuple):
+    """What a rank wants of all ranks after a step. Told with the step's numbers, it costs nothing and reaches all."""
+
+    stop: bool = False  # keep a checkpoint and end
+    look: bool = False  # whether a node is about to be taken away
+
+
+NOTHING = Asked()
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step gave, the same on every rank."""
@@ -29,7 +40,7 @@ class StepResult:
     grad_norm: float  # before clipping
     padded_share: float  # of the global batch's pixels
     applied: bool  # False: loss or gradient was not finite, and the weights were left alone
-    stop: bool  # a rank was asked to stop after this step
+    asked: Asked  # by any rank
 
 
 def wrap_ddp(detector: Detector, device: torch.device) -> nn.Module:
@@ -49,8 +60,10 @@ def train_step(
     clip_norm: float,
     seed: int,
     global_step: int,
+    share: float | None = None,
     bf16: bool = False,
-    stop: bool = False,
+    asked: Asked = NOTHING,
+    at: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, all-reduce, clip, update.
 
@@ -61,10 +74,14 @@ def train_step(
         model: from `wrap_ddp`.
         clip_norm: largest global norm of the gradient; 0: none.
         global_step: with `seed` and a micro-batch's index the source of the model's random numbers.
-        stop: what this rank was asked; the result says it of all ranks.
+        share: micro-batches of the global batch / ranks; None: every rank has as many as this one.
+        asked: by this rank; the result says it of all ranks.
+        at: told what the step does next.
     """
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     names = ("loss", *detector.loss_names)  # pyright: ignore[reportGeneralTypeIssues]
+    share = share or len(micro_batches)
+    at("forward and backward")
     with _batch_norm_memory(model) as restore_batch_norm:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(len(names), device=device)
@@ -72,15 +89,18 @@ def train_step(
             torch.manual_seed(step_seed(seed, global_step, micro.index))
             last = i == len(micro_batches) - 1
             sync = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+            if last:
+                at("last backward, with the gradients' all-reduce")
             with sync:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses = model(to_device(micro, device))
-                (losses["loss"] / len(micro_batches)).backward()
-            total += torch.stack([losses[name].detach().float() for name in names]) / len(micro_batches)
+                (losses["loss"] / share).backward()
+            total += torch.stack([losses[name].detach().float() for name in names]) / share
         params = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        padded = sum(map(_padded_share, micro_batches)) / len(micro_batches)
-        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), total.new_tensor([padded, float(stop)])]))
+        padded = sum(map(_padded_share, micro_batches)) / share
+        at("all-reduce of the losses")
+        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), total.new_tensor([padded, *asked])]))
         applied = bool(np.isfinite(values).all())
         if applied:
             if clip_norm:
@@ -88,9 +108,9 @@ def train_step(
             optimizer.step()
         else:
             restore_batch_norm()
-    components = dict(zip(names[1:], values[1:-3], strict=True))
-    norm_value, padded, asked = values[-3:]
-    return StepResult(values[0], components, norm_value, padded, applied, stop=asked > 0)
+    components = dict(zip(names[1:], values[1:-4], strict=True))
+    norm_value, padded, stop, look = values[-4:]
+    return StepResult(values[0], components, norm_value, padded, applied, Asked(stop > 0, look > 0))
 
 
 def _mean_over_ranks(values: Tensor) -> list[float]:

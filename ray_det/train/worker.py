@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,95 +21,116 @@ from ray.actor import ActorHandle
 
 from ray_det.data.manifest import Manifest, read_manifest
 from ray_det.data.pipeline import stream
-from ray_det.storage import Folder
-from ray_det.train import loop
-from ray_det.train.checkpoint import Checkpoint, TrainState
+from ray_det.storage import Folder, StorageError
+from ray_det.train import loop, store
+from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.job import Job, Payload
 from ray_det.train.session import Runtime
 from ray_det.train.start import SPLITS
-from ray_det.types import Stopped, TrainingError, UserError
+from ray_det.train.step import Asked
+from ray_det.train.watch import Watch
+from ray_det.types import Preempted, Stopped, TrainingError, UserError
+
+LOOK_S = 2.0
+"""Seconds between looks whether a node is about to be taken away."""
 
 
 def run_rank(payload: Payload) -> None:
-    """One rank of a run, from its last checkpoint. Failures that a restart cannot mend go to the board."""
-    if ray.get(payload.board.failure.remote()):
-        return  # this is the restart after such a failure
+    """One rank of a run, from its last checkpoint. Ends that a restart cannot mend go to the board."""
+    if ray.get(payload.board.ending.remote()):
+        return  # this is the restart after such an end
     try:
         _train(payload)
     except Stopped:
         return
+    except Preempted as error:
+        ray.get(payload.board.end.remote(error))
     except (UserError, TrainingError) as error:
         cause = getattr(error, "cause", error)  # of a loader task's error that Ray wrapped
-        kind = "user" if isinstance(error, UserError) else "training"
-        ray.get(payload.board.fail.remote(kind, str(cause)))
+        kind = UserError if isinstance(error, UserError) else TrainingError
+        ray.get(payload.board.end.remote(kind(str(cause))))
         raise
 
 
 def _train(payload: Payload) -> None:
     context = ray.train.get_context()
-    rank, run = context.get_world_rank(), payload.run
-    with tempfile.TemporaryDirectory(prefix="ray_det_") as temporary:
+    rank, world, run = context.get_world_rank(), context.get_world_size(), payload.run
+    line = _Line(payload.board, look=rank == 0 and payload.room.several_nodes)
+    watch = Watch(rank, payload.config.workers.stall_timeout_s, line.tell)
+    with tempfile.TemporaryDirectory(prefix="ray_det_") as temporary, watch.watching(), _warnings(line, rank):
+        _require_shared(run, payload.run_id)
         folder = run.local or Path(temporary)
+        group = _host_group(world)
         if rank == 0:
             _fetch_log(run, folder)
-        line = _Line(payload.board)
         runtime = Runtime(
-            rank,
-            context.get_world_size(),
-            ray.train.torch.get_device(),
-            _host_group(context.get_world_size()),
-            payload.room.threads,
-            partial(stream, loader_cpus=payload.room.loader_cpus),
-            partial(_commit, run=run, folder=folder),
-            line.notify,
-            line.stop_asked,
-            folder,
+            rank=rank,
+            world=world,
+            device=ray.train.torch.get_device(),
+            group=group,
+            threads=payload.room.threads,
+            stream=partial(stream, loader_cpus=payload.room.loader_cpus),
+            commit=partial(_commit, run=run, folder=folder, group=group),
+            notify=line.post,
+            asked=line.asked,
+            preempted=lambda: ray.train.get_preemption_info() is not None,
+            at=watch.at,
+            folder=folder,
         )
         job = Job(payload.config, _read_manifests(run, Path(temporary)), payload.run_id, run, payload.started_at)
-        with _latest(runtime) as checkpoint:
+        with store.newest(run, mark=rank == 0) as checkpoint:
+            _require_same(checkpoint, group)
             loop.run(job, runtime, checkpoint)
         if rank == 0 and not run.local:
             shutil.rmtree(folder / "staging", ignore_errors=True)
             run.upload(folder)
 
 
-@contextmanager
-def _latest(runtime: Runtime) -> Iterator[Checkpoint | None]:
-    """The newest whole checkpoint of the run; None where it has not got to one.
-
-    Raises:
-        UserError: it has checkpoints, and all of them are broken.
-    """
-    if ray.train.get_checkpoint() is None:
-        yield None
-        return
-    problems: list[str] = []
-    for reported in reversed(ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)):
-        with reported.checkpoint.as_directory() as path:
-            try:
-                checkpoint = Checkpoint.open(Path(path))
-            except UserError as error:
-                problems.append(str(error))
-                if runtime.is_main:
-                    runtime.notify({"message": f"{error}: trying the one before"})
-                continue
-            yield checkpoint
-            return
-    raise UserError("; ".join(problems))
-
-
 class _Line:
-    """Rank 0's line to the driver: progress goes out, and the answers, which nobody waits for, say whether to stop."""
+    """A rank's line to the driver: progress goes out, and the answers, which nobody waits for, say whether to stop.
 
-    def __init__(self, board: ActorHandle) -> None:
+    Args:
+        look: whether this rank asks all ranks to look for preemption.
+    """
+
+    def __init__(self, board: ActorHandle, look: bool) -> None:
         self._board = board
         self._answer: ray.ObjectRef | None = None
+        self._look = look
+        self._looked_at = time.monotonic()
 
-    def notify(self, update: dict[str, Any]) -> None:
+    def post(self, update: dict[str, Any]) -> None:
         self._answer = self._board.post.remote(update)
 
-    def stop_asked(self) -> bool:
-        return self._answer is not None and bool(ray.wait([self._answer], timeout=0)[0]) and ray.get(self._answer)
+    def tell(self, message: str) -> None:
+        """Last words: they are there when this returns."""
+        ray.get(self._board.post.remote({"message": message}), timeout=10)
+
+    def asked(self) -> Asked:
+        stop = False
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            stop = ray.get(self._answer)
+        look = self._look and time.monotonic() - self._looked_at > LOOK_S
+        if look:
+            self._looked_at = time.monotonic()
+        return Asked(stop, look)
+
+
+@contextmanager
+def _warnings(line: _Line, rank: int) -> Iterator[None]:
+    """What rank 0's part of this package warns of is shown by the driver."""
+
+    class ToDriver(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line.post({"message": record.getMessage()})
+
+    handler, logger = ToDriver(logging.WARNING), logging.getLogger("ray_det")
+    if rank == 0:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _host_group(world: int) -> dist.ProcessGroup | None:
@@ -114,17 +138,42 @@ def _host_group(world: int) -> dist.ProcessGroup | None:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None
 
 
-def _commit(staged: Path | None, name: str, state: TrainState, *, run: Folder, folder: Path) -> None:
-    """Report the checkpoint to Ray Train, which copies it to the run folder and keeps the last two."""
-    while staged and run.exists(name):
-        name += "_again"  # the run went back to an earlier checkpoint; Ray will delete the old one by its name
-    metrics = {"global_step": state.global_step, "epoch": state.epoch}
-    checkpoint = ray.train.Checkpoint.from_directory(str(staged)) if staged else None
-    ray.train.report(metrics, checkpoint, checkpoint_dir_name=name, delete_local_checkpoint_after_upload=True)
-    if staged and not run.local:
-        for log in ("metrics.jsonl", "nonfinite.jsonl"):
-            if (folder / log).exists():
-                run.upload(folder / log, log)
+def _commit(staged: Path | None, name: str, *, run: Folder, folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Keep the checkpoint in the run folder; the log goes first, a checkpoint knows how much of it is its own."""
+    if staged:
+        if not run.local:
+            for log in folder.glob("*.jsonl"):
+                run.upload(log, log.name)
+        store.keep(run, staged, name)
+    if group:
+        dist.barrier(group)
+
+
+def _require_shared(run: Folder, run_id: str) -> None:
+    """Raises:
+    UserError: this node does not see the run folder that the driver made.
+    """
+    try:
+        if run.read_json("run.json")["run_id"] == run_id:
+            return
+    except FileNotFoundError:
+        pass
+    raise UserError(
+        f"node {socket.gethostname()} does not see the run folder {run.uri} of the driver: "
+        "--storage must be a folder or URI that all nodes share"
+    )
+
+
+def _require_same(checkpoint: Checkpoint | None, group: dist.ProcessGroup | None) -> None:
+    """Raises:
+    StorageError: the ranks found different checkpoints.
+    """
+    mine = checkpoint.state.global_step if checkpoint else -1
+    found: list[Any] = [None] * (group.size() if group else 1)
+    if group:
+        dist.all_gather_object(found, mine, group)
+    if group and len(set(found)) > 1:
+        raise StorageError(f"workers found checkpoints of different steps {found}: is the storage the same for all?")
 
 
 def _fetch_log(run: Folder, folder: Path) -> None:

@@ -83,9 +83,17 @@ def test_ranks_share_out_the_same_micro_batches(world):
     assert len(seen) == plan.steps * 6
 
 
-def test_a_world_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="not divisible among 4"):
-        make(micro=6, size=2).assign(0, 4)
+def test_a_world_that_does_not_divide_shares_out_all_the_same():
+    plan = make(micro=6, size=2)
+    parts = [plan.assign(rank, 4) for rank in range(4)]
+    assert [len(part) // plan.steps for part in parts] == [1, 2, 1, 2]
+    first = np.concatenate([part.keys[part.keys[:, 1] == 0, 2] for part in parts])
+    assert first.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_more_ranks_than_micro_batches_are_refused():
+    with pytest.raises(ValueError, match="6 micro-batches per step are too few for 7 workers"):
+        make(micro=6, size=2).assign(0, 7)
 
 
 def test_resuming_is_skipping_steps():

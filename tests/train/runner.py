@@ -27,6 +27,7 @@ from ray_det.train import loop
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import Runtime
 from ray_det.train.start import begin
+from ray_det.train.step import Asked
 from tests.ranks import process_group, run_ranks
 
 
@@ -42,16 +43,18 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
     assert folder is not None
     group = dist.group.WORLD if spec["world"] > 1 else None
     runtime = Runtime(
-        rank,
-        spec["world"],
-        torch.device("cpu"),
-        group,
-        1,
-        _stream,
-        partial(_keep, folder),
-        lambda update: None,
-        lambda: False,
-        folder,
+        rank=rank,
+        world=spec["world"],
+        device=torch.device("cpu"),
+        group=group,
+        threads=1,
+        stream=_stream,
+        commit=partial(_keep, folder),
+        notify=lambda update: None,
+        asked=Asked,
+        preempted=lambda: False,
+        at=lambda phase, step: None,
+        folder=folder,
     )
     with frozen_norms(spec.get("frozen_norms", False)):
         loop.run(job, runtime, Checkpoint.open(Path(checkpoint)) if checkpoint else None)
@@ -78,7 +81,7 @@ def _stream(work: Shard):
         yield from load(work, i, i + 1)
 
 
-def _keep(folder: Path, staged: Path | None, name: str, state: Any) -> None:
+def _keep(folder: Path, staged: Path | None, name: str) -> None:
     if staged:
         shutil.rmtree(folder / "kept" / name, ignore_errors=True)
         shutil.copytree(staged, folder / "kept" / name)

@@ -184,5 +184,5 @@ def test_a_stopped_a_killed_and_a_corrupted_run_go_on_by_the_same_command(small_
 
     again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
-    assert "SHA-256 differs): trying the one before" in again.stdout and "goes on from step" in again.stdout
+    assert "SHA-256 differs): using the one before" in again.stdout and "goes on from step" in again.stdout
     require_same(run, undisturbed)

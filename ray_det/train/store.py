@@ -1,0 +1,91 @@
+"""The checkpoints in a run folder: kept whole, the newest whole one found again, on local disks and object stores.
+
+They do not go through `ray.train.report`: its manager must be polled before a checkpoint counts, and fails the run
+where the storage is out of reach for a moment. Here a checkpoint counts from the moment that its folder is complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ray_det.storage import Folder
+from ray_det.train.checkpoint import Checkpoint
+from ray_det.types import UserError
+
+log = logging.getLogger(__name__)
+
+KEPT = 2
+BROKEN = "broken.txt"
+"""In a checkpoint's folder: why it is passed over from now on. Those made after it may be of an earlier step."""
+PHASES = ("train", "validate", "test")  # in the order of a step's checkpoints
+
+
+def name_of(global_step: int, phase: str) -> str:
+    return f"checkpoint_{global_step:08d}_{phase}"
+
+
+def keep(run: Folder, staged: Path, name: str) -> None:
+    """Move a staged checkpoint into the run folder, and delete all but the newest.
+
+    Raises:
+        StorageError: the storage stayed out of reach, or full.
+    """
+    run.replace(staged, name)
+    for old in _names(run)[KEPT:]:
+        (run / old).delete()
+
+
+@contextmanager
+def newest(run: Folder, *, mark: bool = True) -> Iterator[Checkpoint | None]:
+    """The newest whole checkpoint, None where there is none at all; broken ones are passed over.
+
+    Args:
+        mark: whether to say so and to mark them. One process of a run does it.
+
+    Raises:
+        UserError: there are checkpoints, and all of them are broken.
+        StorageError: the storage stayed out of reach.
+    """
+    problems: dict[str, str] = {}
+    for name in _names(run):
+        if run.exists(f"{name}/{BROKEN}"):
+            continue
+        with _local(run, name) as folder:
+            try:
+                checkpoint = Checkpoint.open(folder)
+            except UserError as error:
+                problems[name] = str(error).replace(str(folder), f"{run.uri}/{name}")
+                continue
+            for broken, problem in problems.items() if mark else ():
+                log.warning("%s: using the one before", problem)
+                run.write_text(f"{broken}/{BROKEN}", problem)
+            yield checkpoint
+            return
+    if problems:
+        raise UserError("; ".join(problems.values()))
+    yield None
+
+
+@contextmanager
+def _local(run: Folder, name: str) -> Iterator[Path]:
+    """A folder of the run on the local disk."""
+    if run.local:
+        yield run.local / name
+        return
+    with TemporaryDirectory(prefix="ray_det_") as temporary:
+        run.download(Path(temporary) / name, name)
+        yield Path(temporary) / name
+
+
+def _names(run: Folder) -> list[str]:
+    """Of checkpoints, newest first."""
+    found = []
+    for name in run.names():
+        if match := re.fullmatch(rf"checkpoint_(\d+)_({'|'.join(PHASES)})", name):
+            found.append((int(match[1]), PHASES.index(match[2]), name))
+    return [name for _, _, name in sorted(found, reverse=True)]
