@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, without the warning
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 seconds that a spot node may have
 }
+ELASTIC_START_S = 10.0
+"""A range of workers is placed at once or not at all: Ray may still count a node that is gone, and must look again."""
 
 
 def start_ray(workers: WorkersConfig) -> None:
@@ -61,7 +63,10 @@ def set_limits(workers: WorkersConfig) -> None:
     """Limits that Ray Train takes from the environment of the process that calls `fit`."""
     # A rank's own watch, which knows more, speaks first.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.stall_timeout_s + 5)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(workers.start_timeout_s)
+    start_s = workers.start_timeout_s
+    if workers.least < workers.most:
+        start_s = min(start_s, ELASTIC_START_S)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
 
 
 @dataclass(frozen=True)

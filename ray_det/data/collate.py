@@ -19,6 +19,7 @@ from ray_det.config import AugmentConfig
 from ray_det.data import augment, decode, files
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import Assignment, resized
+from ray_det.retry import PATIENCE_S
 from ray_det.types import IMAGENET_MEAN, MicroBatch, UserError
 
 MEAN_PIXEL = np.round(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)
@@ -34,6 +35,7 @@ class LoadSpec:
     padding: str
     seed: int
     augment: AugmentConfig | None  # None: evaluation
+    patience_s: float = PATIENCE_S  # for which a storage may be out of reach
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _load_image(
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
     """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,)."""
     uri, source = record["uri"], (record["height"], record["width"])
-    image = decode.decode(files.read_bytes(uri), uri)
+    image = decode.decode(files.read_bytes(uri, spec.patience_s), uri)
     if image.shape[:2] != source:
         raise UserError(f"image {uri} is {image.shape[:2]} (h, w), the manifest says {source}: prepare it again")
     fit = resized(np.array(source[0]), np.array(source[1]), image_size, spec.resize)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pyarrow import fs
 
+from ray_det.retry import patiently
 from ray_det.types import UserError
 
 
@@ -72,15 +73,22 @@ def open_binary(path: str) -> Any:
     return filesystem.open_input_file(inner)
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: str, patience_s: float = 0.0) -> bytes:
     """Content of a file.
+
+    Args:
+        patience_s: seconds for which a storage may be out of reach.
 
     Raises:
         UserError: it cannot be read.
     """
-    try:
+
+    def read() -> bytes:
         with open_binary(path) as file:
             return file.read()
+
+    try:
+        return patiently(read, patience_s=patience_s)
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except OSError as error:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 POLL_S = 0.5
+START_ATTEMPTS = 12  # of Ray Train to place the workers, each start_timeout_s long
 STOP_GRACE_S = 60.0  # to finish a step and keep a checkpoint, or to finish a validation
 
 
@@ -101,7 +102,7 @@ def _trainer(job: Job, room: Room, board: Any, scratch: str) -> TorchTrainer:
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
                 max_preemption_failures=workers.max_preemption_failures,
-                controller_failure_limit=3,
+                controller_failure_limit=START_ATTEMPTS,
             ),
         ),
     )

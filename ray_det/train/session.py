@@ -111,8 +111,8 @@ class Session:
         self.runtime.at(phase, self.state.global_step)
 
     def load_spec(self, *, training: bool) -> LoadSpec:
-        data = self.config.data
-        return LoadSpec(data.resize, data.padding, self.config.seed, self.config.augment if training else None)
+        data, augment = self.config.data, self.config.augment if training else None
+        return LoadSpec(data.resize, data.padding, self.config.seed, augment, self.config.workers.storage_timeout_s)
 
     def save(self, **changes: Any) -> None:
         """Change the state and keep a checkpoint of it; all ranks call it."""
@@ -175,7 +175,8 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> S
     if checkpoint and runtime.is_main:
         where = {"train": "training", "validate": "validation", "test": "the test"}[state.phase]
         text = f"goes on from step {state.global_step}, with {where}"
-        runtime.notify({"message": text + (f" of epoch {state.epoch + 1}" if state.phase != "test" else "")})
+        text += f" of epoch {state.epoch + 1}" if state.phase != "test" else ""
+        runtime.notify({"message": f"{text}, on {runtime.world} worker{'s' if runtime.world > 1 else ''}"})
     tracker = _open_tracker(job, runtime.folder, state.log_lines if checkpoint else None) if runtime.is_main else None
     bf16 = use_bf16(config.train.precision, runtime.device)
     return Session(job, runtime, detector, wrap_ddp(detector, runtime.device), optimizer, bf16, state, tracker)

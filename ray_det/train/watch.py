@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+NOTICE_S = 15.0
+"""Seconds in one phase after which the rank says so: a slow storage or disk is no reason to end, and to be seen."""
 STALLED = 75  # exit status: sysexits.h calls it a failure that may pass
 IDLE = ""
 
@@ -43,9 +45,16 @@ class Watch:
         ended = threading.Event()
 
         def watch() -> None:
+            noticed = 0.0
             while not ended.wait(min(1.0, self._timeout_s / 4)):
-                if self._phase != IDLE and time.monotonic() - self._since > self._timeout_s:
+                since, spent_s = self._since, time.monotonic() - self._since
+                if self._phase == IDLE or spent_s < min(NOTICE_S, self._timeout_s):
+                    continue
+                if spent_s > self._timeout_s:
                     self._end()
+                if since != noticed:
+                    self._tell(f"slow: {self._report(spent_s)}")
+                noticed = since
 
         threading.Thread(target=watch, daemon=True).start()
         try:
@@ -56,13 +65,12 @@ class Watch:
     def _end(self) -> None:
         faulthandler.dump_traceback(sys.stderr)
         try:
-            self._tell(self._report())
+            self._tell(f"stalled, and ended: {self._report(self._timeout_s)}")
         finally:
             os._exit(STALLED)
 
-    def _report(self) -> str:
+    def _report(self, spent_s: float) -> str:
         frame = sys._current_frames().get(self._thread_id)
         last = traceback.extract_stack(frame)[-1] if frame else None
         where = f", in {last.name} ({os.path.basename(last.filename)}:{last.lineno})" if last else ""
-        what = f"{self._timeout_s:g} s without progress in: {self._phase}{where}"
-        return f"stalled: rank {self._rank}, step {self._step}, {what}"
+        return f"rank {self._rank} at step {self._step} is in '{self._phase}' for {spent_s:.0f} s{where}"

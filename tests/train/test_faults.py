@@ -7,67 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from ray_det.report.wandb_log import read_history
 from tests.jobs.run import JOBS, run_job
-from tests.models.zoo import FAMILIES
 from tests.ranks import ROOT
-from tests.train.runner import records, run_alone
-from tests.train.test_equivalence import same_checkpoint
+from tests.train.disturb import EPOCHS, STEPS, config, newest, require_same, steps_done, when_at, write
+from tests.train.runner import run_alone
 
-EPOCHS, STEPS = 4, 8  # 16 images in global batches of 2
 pytestmark = pytest.mark.ray
-
-
-def config(small_coco: dict[str, Path], storage: Path) -> dict[str, Any]:
-    return {
-        "name": "run",
-        "storage": str(storage),
-        "data": {split: str(path) for split, path in small_coco.items()} | {"image_size": 96},
-        "model": FAMILIES["fcos"].model_dump(),
-        "train": {"epochs": EPOCHS, "global_batch_size": 2, "precision": "fp32", "checkpoint_every_steps": 5},
-        "eval": {"every_epochs": 2},
-        "workers": {"threads": 1},
-        "wandb": {"mode": "offline"},
-    }
-
-
-def write(asked: dict[str, Any]) -> Path:
-    Path(asked["storage"]).mkdir(parents=True)
-    file = Path(asked["storage"]) / "config.json"  # JSON is YAML
-    file.write_text(json.dumps(asked))
-    return file
 
 
 @pytest.fixture(scope="module")
 def undisturbed(small_coco, tmp_path_factory) -> Path:
     return run_alone({"config": config(small_coco, tmp_path_factory.mktemp("undisturbed")), "world": 1})
-
-
-def require_same(run: Path, undisturbed: Path) -> None:
-    """Bit-equal weights and log; in wandb's files one run and every step once."""
-    assert records(run) == records(undisturbed)
-    same_checkpoint(run / "best", undisturbed / "best")
-    last = f"checkpoint_{EPOCHS * STEPS:08d}_test"
-    same_checkpoint(newest(run), undisturbed / "kept" / last)
-    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
-    assert len({file.name for file in files}) == 1
-    steps = [row["_step"] for file in files for row in read_history(file) if "train/batch_loss" in row]
-    assert steps == list(range(1, EPOCHS * STEPS + 1))
-
-
-def steps_done(run: Path) -> int:
-    log = run / "metrics.jsonl"
-    return log.read_text().count("train/batch_loss") if log.exists() else 0
 
 
 def ray_processes(parent: int, name: str) -> list[psutil.Process]:
@@ -80,27 +36,6 @@ def ray_processes(parent: int, name: str) -> list[psutil.Process]:
         except psutil.Error:  # it ended meanwhile
             pass
     return found
-
-
-@contextmanager
-def when_at(run: Path, step: int, act: Callable[[], Any]) -> Iterator[list[Any]]:
-    """Act once the run has logged a step; gives the list that will hold what `act` returned."""
-    results: list[Any] = []
-
-    def watch() -> None:
-        while not ended.is_set() and steps_done(run) < step:
-            time.sleep(0.01)
-        if not ended.is_set():
-            results.append(act())
-
-    ended = threading.Event()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield results
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def kill(name: str) -> str:
@@ -157,10 +92,6 @@ def start_and_signal(file: Path, run: Path, step: int, number: int) -> tuple[int
         output, _ = driver.communicate(timeout=120)
     assert len(seen[0]) > 5 and not psutil.wait_procs(seen[0], timeout=30)[1]
     return driver.returncode, output
-
-
-def newest(run: Path) -> Path:
-    return max(run.glob("checkpoint_*/state.json"), key=lambda file: file.stat().st_mtime).parent
 
 
 def test_a_stopped_a_killed_and_a_corrupted_run_go_on_by_the_same_command(small_coco, undisturbed, tmp_path):

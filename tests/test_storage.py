@@ -1,0 +1,103 @@
+"""Run folders on a real S3 server, which goes away and comes back."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+
+import pytest
+
+from ray_det.data import files
+from ray_det.retry import patiently
+from ray_det.storage import Folder, StorageError
+from tests.s3 import S3Server, s3_server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with s3_server(tmp_path_factory.mktemp("s3") / "server") as running:
+        yield running
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path) -> Folder:
+    if request.param == "local":
+        return Folder.at(str(tmp_path / "runs" / "run"))
+    request.getfixturevalue("server")
+    return Folder.at(f"s3://bucket/{tmp_path.name}/run")
+
+
+def test_texts_files_and_folders_come_back_as_they_were(folder, tmp_path):
+    folder.write_text("a/b.json", '{"ä": 1}')
+    assert folder.read_json("a/b.json") == {"ä": 1}
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "x").write_bytes(b"x" * 6_000_000)
+    (source / "sub" / "y").write_text("y")
+    folder.upload(source, "copy")
+    folder.download(tmp_path / "back", "copy")
+    assert (tmp_path / "back" / "x").read_bytes() == (source / "x").read_bytes()
+    assert (tmp_path / "back" / "sub" / "y").read_text() == "y"
+    assert folder.names() == ["a", "copy"]
+    assert (folder.exists("a"), folder.exists("b")) == (True, False)
+    (folder / "copy").delete()
+    assert not folder.exists("copy/x")
+    with pytest.raises(FileNotFoundError):
+        folder.read_text("nothing")
+
+
+def test_replacing_leaves_nothing_of_the_one_before(folder, tmp_path):
+    for name in ("old", "new"):
+        staged = Path(folder.uri if folder.local else tmp_path) / "staging"
+        staged.mkdir(parents=True)
+        (staged / name).write_text(name)
+        folder.replace(staged, "best")
+        assert not staged.exists()
+    assert (folder / "best").names() == ["new"]
+
+
+@pytest.mark.parametrize("outage", ["stopped", "frozen"])
+def test_an_outage_is_waited_for(outage, server: S3Server, tmp_path):
+    folder = Folder.at(f"s3://bucket/{tmp_path.name}")
+    folder.write_text("data", "1")
+    end, again = (server.stop, server.start) if outage == "stopped" else (server.freeze, server.thaw)
+    end()
+    timer = threading.Timer(3, again)
+    timer.start()
+    folder.write_text("text", "2")
+    assert files.read_bytes(f"{folder.uri}/data", patience_s=60) == b"1"
+    timer.join()
+    assert folder.names() == ["data", "text"]
+
+
+def test_an_outage_for_good_is_one_clear_error(server: S3Server):
+    server.stop()
+    with pytest.raises(StorageError, match=r"^cannot write s3://bucket/run/text: .*Could not connect"):
+        Folder.at("s3://bucket/run", patience_s=0.5).write_text("text", "")
+    server.start()
+
+
+def test_what_time_does_not_mend_is_not_tried_again():
+    for error in (FileNotFoundError(), PermissionError(), OSError("AWS Error ACCESS_DENIED during PutObject")):
+        tries = []
+
+        def fail(error: OSError = error, tries: list[int] = tries) -> None:
+            tries.append(1)
+            raise error
+
+        with pytest.raises(OSError):
+            patiently(fail, patience_s=60)
+        assert len(tries) == 1
+
+
+def test_what_time_mends_is_tried_until_it_works(caplog):
+    errors = [OSError(errno.ENOSPC, "No space left on device"), TimeoutError("slow")]
+
+    def work() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    assert patiently(work, patience_s=60) == "done"
+    assert [record.message for record in caplog.records] == ["No space left on device: trying again for up to 60 s"]
