@@ -112,6 +112,12 @@ class TrainConfig(Section):
     max_nonfinite_steps: PositiveInt = Field(
         default=5, description="steps in a row with a non-finite loss or gradient before the run fails"
     )
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="times that it goes back to its last checkpoint instead, with a lower learning rate"
+    )
+    rollback_lr_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="what the learning rate is multiplied by each time"
+    )
     deterministic: bool | None = Field(default=None, description="deterministic algorithms; default: on CPU")
 
 

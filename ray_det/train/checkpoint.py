@@ -41,6 +41,7 @@ class TrainState:
     global_step: int = 0  # optimizer steps that are done
     skipped_steps: int = 0  # of them, those left out for a loss or gradient that was not finite
     nonfinite_in_row: int = 0
+    rollbacks: int = 0  # to an earlier checkpoint, each with a lower learning rate
     loss_sum: float = 0.0  # over the finite steps of this epoch
     loss_count: int = 0
     best_ap: float | None = None

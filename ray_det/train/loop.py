@@ -19,18 +19,21 @@ import torch
 
 from ray_det.data.collate import shard
 from ray_det.data.plan import EpochPlan
-from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.evaluation import evaluate_split
 from ray_det.train.finish import finish
 from ray_det.train.job import Job
-from ray_det.train.optim import learning_rate, set_learning_rate
+from ray_det.train.optim import set_learning_rate
 from ray_det.train.session import Runtime, Session, open_session
 from ray_det.train.step import StepResult, train_step
 from ray_det.types import Preempted, Stopped, TrainingError
 
 
-def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
-    """Train, validate and test, from the beginning or from a checkpoint.
+class RollBack(Exception):  # noqa: N818  not an error
+    """Back to the last checkpoint, with a lower learning rate."""
+
+
+def run(job: Job, runtime: Runtime) -> None:
+    """Train, validate and test, from the beginning or from the newest checkpoint.
 
     Raises:
         Stopped: it was asked to, and a checkpoint of the last step is kept.
@@ -38,7 +41,19 @@ def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
         TrainingError: loss or gradient stayed non-finite.
         UserError: an input that the preflight could not see to be wrong.
     """
-    session = open_session(job, runtime, checkpoint)
+    rollbacks, before = 0, None
+    while True:
+        with runtime.newest(before) as checkpoint:
+            session = open_session(job, runtime, checkpoint, rollbacks)
+        try:
+            return _run(session)
+        except RollBack:
+            rollbacks = session.state.rollbacks + 1
+            # What diverges from a checkpoint without reaching the next had diverged when that one was made.
+            before = checkpoint.state.global_step if checkpoint and not session.saves else None
+
+
+def _run(session: Session) -> None:
     exit_code = 1
     try:
         while session.state.epoch < session.config.train.epochs:
@@ -76,7 +91,7 @@ def _train_epoch(session: Session) -> None:
         session.at("data")
         micro = [next(batches) for _ in own]
         wait = time.perf_counter() - mark
-        rate = learning_rate(config.optim, session.state.global_step, plan.steps, config.train.epochs)
+        rate = session.learning_rate(plan.steps)
         set_learning_rate(session.optimizer, rate)
         result = train_step(
             session.model,
@@ -133,11 +148,16 @@ def _advance(session: Session, plan: EpochPlan, step: int, result: StepResult) -
         return
     ids = session.job.manifests["train"].table["image_id"].take(plan.rows_SMB[step].reshape(-1)).to_pylist()
     session.note_nonfinite({"global_step": state.global_step, "epoch": state.epoch, "step": step, "image_ids": ids})
-    if state.nonfinite_in_row >= session.config.train.max_nonfinite_steps:
-        raise TrainingError(
-            f"loss or gradient was not finite in {state.nonfinite_in_row} steps in a row, up to step "
-            f"{state.global_step}, whose images are {ids}; all are listed in {session.job.run.uri}/nonfinite.jsonl"
-        )
+    config = session.config.train
+    if state.nonfinite_in_row < config.max_nonfinite_steps:
+        return
+    what = f"loss or gradient was not finite in {state.nonfinite_in_row} steps in a row, up to step {state.global_step}"
+    if state.rollbacks < config.max_rollbacks:
+        factor = config.rollback_lr_factor ** (state.rollbacks + 1)
+        if session.runtime.is_main:
+            session.runtime.notify({"message": f"{what}: back to the last checkpoint, with {factor:g} x the lr"})
+        raise RollBack
+    raise TrainingError(f"{what}, whose images are {ids}; all are listed in {session.job.run.uri}/nonfinite.jsonl")
 
 
 def _log_step(
@@ -171,11 +191,10 @@ def _end_epoch(session: Session) -> None:
     """Validate, log the epoch, keep the weights if they are the best, and go to the next epoch."""
     state, config = session.state, session.config
     epochs, done = config.train.epochs, state.epoch + 1
-    steps = state.global_step // done
     record: dict[str, float] = {
         "train/epoch": state.epoch,
         "train/epoch_avg_loss": state.loss_sum / max(state.loss_count, 1),
-        "learning_rate": learning_rate(config.optim, state.global_step, steps, epochs),
+        "learning_rate": session.learning_rate(state.global_step // done),
     }
     ap = None
     if "val" in session.job.manifests and (done % config.eval.every_epochs == 0 or done == epochs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ray_det.retry import patiently, reason
 from ray_det.storage import StorageError
 from ray_det.train.checkpoint import Checkpoint, TrainState, save_checkpoint
 from ray_det.train.job import Job
-from ray_det.train.optim import build_optimizer
+from ray_det.train.optim import build_optimizer, learning_rate
 from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
 from ray_det.train.store import name_of
 from ray_det.types import MicroBatch
@@ -46,6 +47,8 @@ class Runtime:
     group: dist.ProcessGroup | None  # moves host objects (gloo); None: one process
     threads: int
     stream: Callable[[Shard], Iterator[MicroBatch]]  # loads a shard's micro-batches, in order
+    newest: Callable[[int | None], AbstractContextManager[Checkpoint | None]]
+    """The newest checkpoint of the run, or the newest of before a global step: later ones are given up."""
     commit: Callable[[Path | None, str], None]
     """Keep rank 0's staged checkpoint (None elsewhere) under a name; all ranks call it, none returns before all did."""
     notify: Callable[[dict[str, Any]], None]  # progress, for whoever watches
@@ -82,6 +85,7 @@ class Session:
     state: TrainState
     tracker: Tracker | None  # rank 0's
     clock: Clock = field(default_factory=Clock)
+    saves: int = 0  # checkpoints that it kept
 
     @property
     def config(self) -> TrainJobConfig:
@@ -107,6 +111,12 @@ class Session:
         """(M, B): micro-batches of a global batch, images of a micro-batch."""
         return micro_batches(self.config.train, self.config.workers.most)
 
+    def learning_rate(self, steps_per_epoch: int) -> float:
+        """After the steps that are done."""
+        train = self.config.train
+        planned = learning_rate(self.config.optim, self.state.global_step, steps_per_epoch, train.epochs)
+        return planned * train.rollback_lr_factor**self.state.rollbacks
+
     def at(self, phase: str) -> None:
         self.runtime.at(phase, self.state.global_step)
 
@@ -124,6 +134,7 @@ class Session:
         if folder:
             self._stage(folder, self.optimizer)
         self.runtime.commit(folder, name)
+        self.saves += 1
 
     def save_best(self) -> None:
         """Put the weights of now in the run folder's `best`; rank 0 does it, all ranks call it."""
@@ -149,8 +160,12 @@ class Session:
                 file.write(json.dumps(record) + "\n")
 
 
-def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Session:
-    """Build model, optimizer and tracker, as the checkpoint has them where there is one."""
+def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, rollbacks: int = 0) -> Session:
+    """Build model, optimizer and tracker, as the checkpoint has them where there is one.
+
+    Args:
+        rollbacks: times that the run has gone back to a checkpoint; 0: as many as the checkpoint says.
+    """
     config = job.config
     deterministic = config.train.deterministic
     make_deterministic(runtime.threads, runtime.device.type == "cpu" if deterministic is None else deterministic)
@@ -170,6 +185,8 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> S
     if checkpoint:
         checkpoint.load_optimizer(optimizer)
     state = checkpoint.state if checkpoint else TrainState()
+    if rollbacks:
+        state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
     if state.phase == "test" and state.epoch < config.train.epochs:
         state = replace(state, phase="train")  # more epochs were asked for
     if checkpoint and runtime.is_main:

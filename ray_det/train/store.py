@@ -41,10 +41,11 @@ def keep(run: Folder, staged: Path, name: str) -> None:
 
 
 @contextmanager
-def newest(run: Folder, *, mark: bool = True) -> Iterator[Checkpoint | None]:
+def newest(run: Folder, before: int | None = None, *, mark: bool = True) -> Iterator[Checkpoint | None]:
     """The newest whole checkpoint, None where there is none at all; broken ones are passed over.
 
     Args:
+        before: pass over those of this global step and later, too.
         mark: whether to say so and to mark them. One process of a run does it.
 
     Raises:
@@ -58,6 +59,8 @@ def newest(run: Folder, *, mark: bool = True) -> Iterator[Checkpoint | None]:
         with _local(run, name) as folder:
             try:
                 checkpoint = Checkpoint.open(folder)
+                if before is not None and checkpoint.state.global_step >= before:
+                    raise UserError(f"{folder} leads to numbers that are not finite")
             except UserError as error:
                 problems[name] = str(error).replace(str(folder), f"{run.uri}/{name}")
                 continue

@@ -70,6 +70,7 @@ def _train(payload: Payload) -> None:
             group=group,
             threads=payload.room.threads,
             stream=partial(stream, loader_cpus=payload.room.loader_cpus),
+            newest=partial(_newest, run, rank, group),
             commit=partial(_commit, run=run, folder=folder, group=group),
             notify=line.post,
             asked=line.asked,
@@ -78,9 +79,7 @@ def _train(payload: Payload) -> None:
             folder=folder,
         )
         job = Job(payload.config, _read_manifests(run, Path(temporary)), payload.run_id, run, payload.started_at)
-        with store.newest(run, mark=rank == 0) as checkpoint:
-            _require_same(checkpoint, group)
-            loop.run(job, runtime, checkpoint)
+        loop.run(job, runtime)
         if rank == 0 and not run.local:
             shutil.rmtree(folder / "staging", ignore_errors=True)
             run.upload(folder)
@@ -164,16 +163,20 @@ def _require_shared(run: Folder, run_id: str) -> None:
     )
 
 
-def _require_same(checkpoint: Checkpoint | None, group: dist.ProcessGroup | None) -> None:
-    """Raises:
-    StorageError: the ranks found different checkpoints.
+@contextmanager
+def _newest(run: Folder, rank: int, group: dist.ProcessGroup | None, before: int | None) -> Iterator[Checkpoint | None]:
+    """The newest checkpoint, seen to be the same on all ranks.
+
+    Raises:
+        StorageError: it is not.
     """
-    mine = checkpoint.state.global_step if checkpoint else -1
-    found: list[Any] = [None] * (group.size() if group else 1)
-    if group:
-        dist.all_gather_object(found, mine, group)
-    if group and len(set(found)) > 1:
-        raise StorageError(f"workers found checkpoints of different steps {found}: is the storage the same for all?")
+    with store.newest(run, before, mark=rank == 0) as checkpoint:
+        found: list[Any] = [None] * (group.size() if group else 1)
+        if group:
+            dist.all_gather_object(found, checkpoint.state if checkpoint else None, group)
+        if any(state != found[0] for state in found):
+            raise StorageError(f"workers found different checkpoints {found}: is the storage the same for all?")
+        yield checkpoint
 
 
 def _fetch_log(run: Folder, folder: Path) -> None:

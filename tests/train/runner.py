@@ -39,7 +39,7 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
     job = begin(config, 0.0, lambda text: None, map_in_threads)
     for _ in range(rank, spec["world"] if spec["world"] > 1 else 0):
         dist.barrier()
-    folder, checkpoint = job.run.local, spec.get("checkpoint")
+    folder = job.run.local
     assert folder is not None
     group = dist.group.WORLD if spec["world"] > 1 else None
     runtime = Runtime(
@@ -49,6 +49,7 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
         group=group,
         threads=1,
         stream=_stream,
+        newest=partial(_newest, folder, spec),
         commit=partial(_keep, folder),
         notify=lambda update: None,
         asked=Asked,
@@ -57,7 +58,7 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
         folder=folder,
     )
     with frozen_norms(spec.get("frozen_norms", False)):
-        loop.run(job, runtime, Checkpoint.open(Path(checkpoint)) if checkpoint else None)
+        loop.run(job, runtime)
     return folder
 
 
@@ -79,6 +80,16 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def _stream(work: Shard):
     for i in range(len(work.assignment)):
         yield from load(work, i, i + 1)
+
+
+@contextmanager
+def _newest(folder: Path, spec: dict[str, Any], before: int | None) -> Iterator[Checkpoint | None]:
+    """The last one that was kept here, or else the one to start from."""
+    kept = sorted((folder / "kept").glob("*"))
+    while kept and before is not None and Checkpoint.open(kept[-1]).state.global_step >= before:
+        kept.pop()
+    path = kept[-1] if kept else spec.get("checkpoint")
+    yield Checkpoint.open(Path(path)) if path else None
 
 
 def _keep(folder: Path, staged: Path | None, name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from ray_det.train.optim import build_optimizer, learning_rate
 from ray_det.train.step import step_seed, train_step
 from ray_det.types import TrainingError
 from tests.models.zoo import CPU, build, micro_batch
-from tests.train.runner import run_alone
+from tests.train.runner import records, run_alone
 from tests.train.test_equivalence import spec
 
 STEP = {"device": CPU, "seed": 0, "global_step": 0}
@@ -103,3 +105,23 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(small_coco, tmp
     listed = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
     assert len(listed) == 3 and len(listed[-1]["image_ids"]) == 6
     assert str(listed[-1]["image_ids"]) in str(caught.value)
+
+
+def test_a_run_that_diverges_goes_back_to_a_sound_checkpoint_with_a_lower_rate(small_coco, tmp_path):
+    """From step 3 on the rate is absurd: step 4 ruins the weights and is kept, in step 5 it shows, twice."""
+    asked = spec(small_coco, tmp_path, "fcos", epochs=2)
+    asked["config"]["optim"] |= {"clip_norm": 0, "warmup_steps": 0}
+    first = run_alone(asked | {"config": asked["config"] | {"name": "first"}})
+    sound = first / "kept" / "checkpoint_00000003_validate"
+    asked["config"]["optim"] |= {"lr": 1e25, "lr_min": 1e20}
+    asked["config"]["train"] |= {"max_nonfinite_steps": 1, "max_rollbacks": 2, "rollback_lr_factor": 1e-14}
+    (tmp_path / "run").mkdir()
+    shutil.copy(first / "metrics.jsonl", tmp_path / "run")
+    run = run_alone(asked | {"checkpoint": str(sound)})
+    log = [r for r in records(run) if "train/batch_loss" in r]
+    assert [r["global_step"] for r in log] == [1, 2, 3, 4, 5, 6]
+    assert all(r["train/learning_rate"] < 1e-2 and math.isfinite(r["train/batch_loss"]) for r in log)
+    skipped = (run / "nonfinite.jsonl").read_text().splitlines()
+    assert [json.loads(line)["global_step"] for line in skipped] == [5, 5]
+    final = torch.load(run / "kept" / "checkpoint_00000006_test" / "optimizer.pt", weights_only=True)["state"]
+    assert all(state["exp_avg"].abs().max() < 1e6 for state in final.values())
