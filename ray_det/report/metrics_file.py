@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from ray_det.retry import PATIENCE_S, patiently
 
 Kind = Literal["step", "epoch", "test"]
 Record = dict[str, Any]
@@ -46,21 +49,26 @@ class MetricsFile:
         path: the file; its folder exists.
         keep_lines: lines that the restored checkpoint had; what follows is cut, the steps are done again.
 
+        patience_s: seconds for which the disk may be full.
+
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, keep_lines: int) -> None:
+    def __init__(self, path: Path, keep_lines: int, patience_s: float = PATIENCE_S) -> None:
         self.path = path
         self.lines = 0
-        self._file = path.open("a+b")
+        self._patience_s = patience_s
+        self._file = path.open("ab", buffering=0)  # a buffer would not say how much of it a full disk has taken
         self._cut(keep_lines)
 
     def append(self, global_step: int, record: Mapping[str, Any]) -> Record:
         """Write one line and return it as it was written."""
         whole = {"global_step": int(global_step)} | {key: plain(value) for key, value in record.items()}
-        self._file.write(json.dumps(whole, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        rest = json.dumps(whole, allow_nan=False).encode() + b"\n"
+        while rest:
+            written = patiently(partial(self._file.write, rest), patience_s=self._patience_s)
+            rest = rest[written:]
         self.lines += 1
         return whole
 
@@ -68,16 +76,15 @@ class MetricsFile:
         self._file.close()
 
     def _cut(self, keep_lines: int) -> None:
-        self._file.seek(0)
         end = 0
-        while self.lines < keep_lines:
-            line = self._file.readline()
-            if _parse(line) is None:
-                break
-            end += len(line)
-            self.lines += 1
+        with self.path.open("rb") as lines:
+            while self.lines < keep_lines:
+                line = lines.readline()
+                if _parse(line) is None:
+                    break
+                end += len(line)
+                self.lines += 1
         self._file.truncate(end)
-        self._file.seek(end)
 
 
 def _parse(line: bytes) -> Record | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ray_det.config import WandbConfig
 from ray_det.report.metrics_file import MetricsFile, read_records
 from ray_det.report.pictures import Picture, draw, to_jpeg
 from ray_det.report.wandb_run import WandbRun
+from ray_det.retry import PATIENCE_S, patiently
 
 
 class Tracker:
@@ -24,6 +26,7 @@ class Tracker:
         run_config: the resolved configuration.
         keep_lines: lines of `metrics.jsonl` that the restored checkpoint knew (`lines` when it was saved); the rest is
             cut, for these steps are done again. None: nothing was restored, the file starts empty.
+        patience_s: seconds for which the disk may be full.
 
     Raises:
         OSError: the folder cannot be written.
@@ -38,10 +41,12 @@ class Tracker:
         run_config: dict[str, Any],
         *,
         keep_lines: int | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = MetricsFile(folder / "metrics.jsonl", keep_lines or 0)
+        self._file = MetricsFile(folder / "metrics.jsonl", keep_lines or 0, patience_s)
+        self._patience_s = patience_s
         self._wandb = WandbRun(folder, config, run_name, run_id, run_config, read_records(self._file.path))
         self._finished = False
 
@@ -86,7 +91,7 @@ class Tracker:
         old = set(folder.glob("step_*.jpg"))
         for i, picture in enumerate(pictures):
             path = folder / f"step_{global_step:08d}_{i:02d}_image_{picture.image_id}.jpg"
-            path.write_bytes(to_jpeg(draw(picture, names)))
+            patiently(partial(path.write_bytes, to_jpeg(draw(picture, names))), patience_s=self._patience_s)
             old.discard(path)
         for path in old:
             path.unlink()

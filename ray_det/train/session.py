@@ -200,5 +200,6 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
 
 
 def _open_tracker(job: Job, folder: Path, keep_lines: int | None) -> Tracker:
-    config = job.config
-    return Tracker(folder, config.wandb, config.name, job.run_id, job.facts.config, keep_lines=keep_lines)
+    config, facts = job.config, job.facts.config
+    patience_s = job.run.patience_s
+    return Tracker(folder, config.wandb, config.name, job.run_id, facts, keep_lines=keep_lines, patience_s=patience_s)

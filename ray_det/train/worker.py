@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import socket
@@ -21,6 +22,7 @@ from ray.actor import ActorHandle
 
 from ray_det.data.manifest import Manifest, read_manifest
 from ray_det.data.pipeline import stream
+from ray_det.retry import reason
 from ray_det.storage import Folder, StorageError
 from ray_det.train import loop, store
 from ray_det.train.checkpoint import Checkpoint
@@ -33,6 +35,9 @@ from ray_det.types import Preempted, Stopped, TrainingError, UserError
 
 LOOK_S = 2.0
 """Seconds between looks whether a node is about to be taken away."""
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a local disk that a new process would meet again."""
 
 
 def run_rank(payload: Payload) -> None:
@@ -49,6 +54,10 @@ def run_rank(payload: Payload) -> None:
         cause = getattr(error, "cause", error)  # of a loader task's error that Ray wrapped
         kind = UserError if isinstance(error, UserError) else TrainingError
         ray.get(payload.board.end.remote(kind(str(cause))))
+        raise
+    except OSError as error:
+        if error.errno in DISK:
+            ray.get(payload.board.end.remote(TrainingError(f"cannot write to {payload.run.uri}: {reason(error)}")))
         raise
 
 
