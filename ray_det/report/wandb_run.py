@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INIT_TIMEOUT_S = 30.0
-FINISH_TIMEOUT_S = 300.0
+FINISH_TIMEOUT_S = 60.0
 FLUSH_INTERVAL_S = 1.0
 EPOCH_METRICS = ("val/*", "test/*", "train/epoch_avg_loss", "learning_rate")
 WIDEST_PICTURE = 640  # pixels; wandb keeps every epoch's pictures
