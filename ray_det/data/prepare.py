@@ -8,6 +8,8 @@ import posixpath
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from ray_det.data import coco, files, manifest
 from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
@@ -16,7 +18,7 @@ from ray_det.types import ClassList, UserError
 
 _LOOKED_FOR = 100
 """Images that are looked for under a candidate root: the first ones may be the missing ones."""
-_FORMAT = f"prepare 1, manifest {manifest.FORMAT}"
+_FORMAT = f"prepare 2, manifest {manifest.FORMAT}"
 
 
 def prepare(
@@ -43,10 +45,9 @@ def prepare(
     """
     if source.endswith(".parquet"):
         return read_manifest(source), None
-    content = files.read_bytes(source)
-    data = coco.parse(content, source)
+    data = coco.parse(files.read_bytes(source), source)
     root = find_root(data, images)
-    key = _cache_key(content, data, root)
+    key = _cache_key(data, root)
     table_path, report_path = cache / f"{key}.parquet", cache / f"{key}.preflight.json"
     made = _cached(table_path, report_path, source)
     if made is None:
@@ -118,12 +119,15 @@ def _usual_roots(source: str) -> list[str]:
     return [f"{folder}/images", folder, official, f"{folder}/{stem}"]
 
 
-def _cache_key(content: bytes, data: coco.CocoData, root: str) -> str:
-    """Changes with the JSON, the root, and any image that changes, comes or goes."""
-    digest = hashlib.sha256(f"{_FORMAT}\0{root}\0".encode() + hashlib.sha256(content).digest())
+def _cache_key(data: coco.CocoData, root: str) -> str:
+    """Changes with what is read of the JSON, the root, and any image that changes, comes or goes."""
+    digest = hashlib.sha256(json.dumps([_FORMAT, root, data.file_names, data.classes.to_json()]).encode())
+    for column in vars(data).values():
+        if isinstance(column, np.ndarray):
+            digest.update(f"{column.shape}\0".encode() + column.tobytes())
     safe = [name for name in data.file_names if not leaves_root(name)]
-    for name, stat in zip(safe, files.stats(root, safe), strict=True):
-        digest.update(f"{name}\0{stat and tuple(stat)}\0".encode())
+    for stat in files.stats(root, safe):
+        digest.update(f"{stat and tuple(stat)}\0".encode())
     return digest.hexdigest()[:32]
 
 
