@@ -13,7 +13,8 @@ from pathlib import Path
 from pydantic import Field
 
 from ray_det import cli
-from ray_det.config import Section, WorkersConfig
+from ray_det.config import CLASSES, RENAME, ClassName, Section, WorkersConfig
+from ray_det.data.classes import Selection
 from ray_det.data.headers import Header, HeaderChunk
 from ray_det.data.manifest import write_manifest
 from ray_det.data.prepare import make, refuse_errors, write_report
@@ -25,6 +26,8 @@ class PrepareConfig(Section):
         default=None, description="root of every `file_name` (folder or URI); default: beside the JSON"
     )
     output: str = Field(description="folder that gets manifest.parquet and preflight.json")
+    classes: tuple[str, ...] = Field(default=(), description=CLASSES)
+    rename: dict[str, ClassName] = Field(default={}, description=RENAME)
     strict: bool = Field(default=False, description="fail when any error is found, and write no manifest")
 
 
@@ -38,7 +41,7 @@ def map_chunks(function: Callable[[HeaderChunk], list[Header]], chunks: list[Hea
 def main() -> None:
     config, _ = cli.parse(PrepareConfig, sys.argv[1:], description="Check a COCO data set and write its manifest.")
     output = Path(config.output)
-    manifest, report = make(config.source, config.images, map_chunks)
+    manifest, report = make(config.source, config.images, map_chunks, Selection(config.classes, config.rename))
     print(report.table())
     write_report(report, output / "preflight.json")
     if config.strict:

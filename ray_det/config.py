@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+ClassName = Annotated[str, Field(min_length=1)]
+
+CLASSES = "names of the classes to use, after `rename`; empty: all. Images without boxes of these stay"
+RENAME = 'new names of classes, {"old": "new"}; those that get one name become one class'
 
 
 class Section(BaseModel):
@@ -28,6 +32,8 @@ class DatasetConfig(Section):
     images: str | None = Field(
         default=None, description="root of every `file_name` (folder or URI); default: found beside each JSON"
     )
+    classes: tuple[str, ...] = Field(default=(), description=CLASSES)
+    rename: dict[str, ClassName] = Field(default={}, description=RENAME)
     image_size: Annotated[int, Field(ge=32, le=4096)] = Field(
         default=640, description="side that images are resized to, pixels"
     )

@@ -61,7 +61,7 @@ def parse(content: bytes, source: str) -> CocoData:
 
 
 def _read(stream: JsonStream, source: str) -> dict[str, Columns | UserError]:
-    """The columns of every list that is needed, or what is wrong with it. Of a key that stands twice the last counts."""
+    """The columns of every list that is needed, or what is wrong with it. Of equal keys the last counts."""
     found: dict[str, Columns | UserError] = {}
     if stream.peek() != "{":
         value = stream.value()

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from ray_det.data import coco, files, manifest
+from ray_det.data.classes import Selection, select
 from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
 from ray_det.data.preflight import KINDS, WHERE, PreflightReport, inspect
 from ray_det.types import ClassList, UserError
 
+ALL_CLASSES = Selection()
 _LOOKED_FOR = 100
 """Images that are looked for under a candidate root: the first ones may be the missing ones."""
 _FORMAT = f"prepare 2, manifest {manifest.FORMAT}"
@@ -26,6 +28,7 @@ def prepare(
     images: str | None,
     cache: Path,
     *,
+    selection: Selection = ALL_CLASSES,
     strict: bool = False,
     map_chunks: MapChunks = map_in_threads,
 ) -> tuple[Manifest, PreflightReport | None]:
@@ -35,17 +38,21 @@ def prepare(
         source: a COCO JSON or a manifest (.parquet).
         images: the root of `file_name`; None looks for it beside the JSON.
         cache: folder of prepared manifests.
+        selection: which classes are used; a manifest has made its choice already.
         strict: refuse a data set with any error.
 
     Returns:
         The manifest, and the preflight's report where the source is a JSON.
 
     Raises:
-        UserError: no such file, a broken one, a data set without images, no image found, or refused by `strict`.
+        UserError: no such file, a broken one, a data set without images, no image found, a class that is not there, or
+            refused by `strict`.
     """
-    if source.endswith(".parquet"):
+    if is_manifest(source):
+        if selection:
+            raise UserError(f"{source} is a manifest: give classes and rename to jobs/prepare.py, which makes it")
         return read_manifest(source), None
-    data = coco.parse(files.read_bytes(source), source)
+    data = _read(source, selection)
     root = find_root(data, images)
     key = _cache_key(data, root)
     table_path, report_path = cache / f"{key}.parquet", cache / f"{key}.preflight.json"
@@ -59,14 +66,24 @@ def prepare(
     return made
 
 
-def make(source: str, images: str | None, map_chunks: MapChunks = map_in_threads) -> tuple[Manifest, PreflightReport]:
+def make(
+    source: str, images: str | None, map_chunks: MapChunks = map_in_threads, selection: Selection = ALL_CLASSES
+) -> tuple[Manifest, PreflightReport]:
     """Manifest and report of a COCO JSON, without a cache.
 
     Raises:
         UserError: as `prepare`.
     """
-    data = coco.parse(files.read_bytes(source), source)
+    data = _read(source, selection)
     return _make(data, find_root(data, images), map_chunks)
+
+
+def is_manifest(source: str) -> bool:
+    return source.endswith(".parquet")
+
+
+def _read(source: str, selection: Selection) -> coco.CocoData:
+    return select(coco.parse(files.read_bytes(source), source), selection)
 
 
 def _make(data: coco.CocoData, root: str, map_chunks: MapChunks) -> tuple[Manifest, PreflightReport]:

@@ -11,6 +11,7 @@ from typing import Any
 from ray_det.cli import to_yaml
 from ray_det.config import DatasetConfig, TrainJobConfig, changed_keys, micro_batches
 from ray_det.data import embedded
+from ray_det.data.classes import Selection
 from ray_det.data.headers import MapChunks
 from ray_det.data.manifest import Manifest, write_manifest
 from ray_det.data.preflight import require_trainable
@@ -82,7 +83,14 @@ def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: M
         if source is None:
             continue
         cache = cache_folder(config.storage) / "manifests"
-        manifest, report = prepare(source, config.data.images, cache, strict=config.data.strict, map_chunks=map_chunks)
+        manifest, report = prepare(
+            source,
+            config.data.images,
+            cache,
+            selection=Selection(config.data.classes, config.data.rename),
+            strict=config.data.strict,
+            map_chunks=map_chunks,
+        )
         say(f"{split}: {report.table() if report and report.notable else _one_line(source, manifest)}")
         manifests[split] = manifest
         if split == "train":

@@ -1,4 +1,4 @@
-"""A document read in pieces is what the standard library reads whole, down to the messages, and needs no such memory."""
+"""A document read in pieces is what the standard library reads whole, down to the messages, in little memory."""
 
 from __future__ import annotations
 
