@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ray_det import cli
-from ray_det.config import CLASSES, RENAME, ClassName, DatasetConfig, Section, WorkersConfig
+from ray_det.config import CLASSES, RENAME, SOURCES, ClassName, DatasetConfig, Section, WorkersConfig
 from ray_det.data.classes import Selection
 from ray_det.data.prepare import is_manifest, prepare, same_categories
 
 
 class EvalDataConfig(Section):
-    val: str = Field(description="COCO JSON or manifest to evaluate on")
-    images: str | None = Field(default=None, description="root of every `file_name`; default: found beside the JSON")
+    val: str = Field(description=f"{SOURCES} or manifest to evaluate on")
+    split: Literal["train", "val", "test"] = Field(default="val", description="the entry of a data.yaml")
+    images: str | None = Field(default=None, description="root of every `file_name`; default: found beside the source")
     classes: tuple[str, ...] | None = Field(default=None, description=f"{CLASSES}; default: as in training")
     rename: dict[str, ClassName] | None = Field(default=None, description=f"{RENAME}; default: as in training")
 
@@ -54,7 +55,8 @@ def main() -> None:
     checkpoint = open_checkpoint(config.checkpoint)
     cache = Path.home() / ".cache" / "ray_det" / "manifests"
     chosen = selection(config.data, checkpoint.config.data)
-    manifest, report = prepare(config.data.val, config.data.images, cache, selection=chosen)
+    data = config.data
+    manifest, report = prepare(data.val, data.images, cache, split=data.split, selection=chosen)
     if report and report.notable:
         print(report.table())
     same_categories(checkpoint.classes, config.checkpoint, manifest.classes, config.data.val)

@@ -1,4 +1,4 @@
-"""Check a COCO data set and write its manifest.
+"""Check a data set and write its manifest.
 
 python jobs/prepare.py --source annotations/instances_train2017.json --output prepared/train
 """
@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from ray_det import cli
-from ray_det.config import CLASSES, RENAME, ClassName, Section, WorkersConfig
+from ray_det.config import CLASSES, RENAME, SOURCES, ClassName, Section, WorkersConfig
 from ray_det.data.classes import Selection
 from ray_det.data.headers import Header, HeaderChunk
 from ray_det.data.manifest import write_manifest
@@ -21,9 +22,10 @@ from ray_det.data.prepare import make, refuse_errors, write_report
 
 
 class PrepareConfig(Section):
-    source: str = Field(description="COCO JSON to check and prepare, path or URI")
+    source: str = Field(description=f"{SOURCES} to check and prepare, path or URI")
+    split: Literal["train", "val", "test"] = Field(default="train", description="the entry of a data.yaml to prepare")
     images: str | None = Field(
-        default=None, description="root of every `file_name` (folder or URI); default: beside the JSON"
+        default=None, description="root of every `file_name` (folder or URI); default: found beside the source"
     )
     output: str = Field(description="folder that gets manifest.parquet and preflight.json")
     classes: tuple[str, ...] = Field(default=(), description=CLASSES)
@@ -39,9 +41,10 @@ def map_chunks(function: Callable[[HeaderChunk], list[Header]], chunks: list[Hea
 
 
 def main() -> None:
-    config, _ = cli.parse(PrepareConfig, sys.argv[1:], description="Check a COCO data set and write its manifest.")
+    config, _ = cli.parse(PrepareConfig, sys.argv[1:], description="Check a data set and write its manifest.")
     output = Path(config.output)
-    manifest, report = make(config.source, config.images, map_chunks, Selection(config.classes, config.rename))
+    selection = Selection(config.classes, config.rename)
+    manifest, report = make(config.source, config.images, map_chunks, split=config.split, selection=selection)
     print(report.table())
     write_report(report, output / "preflight.json")
     if config.strict:

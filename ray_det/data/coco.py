@@ -37,6 +37,7 @@ class CocoData:
     boxes_M4: np.ndarray  # float64 xywh in pixels
     area_M: np.ndarray  # float64 square pixels; w * h where the JSON has none
     crowd_M: np.ndarray  # bool
+    relative: bool = False  # boxes and areas are shares of the image, not pixels: what YOLO files have
 
 
 def parse(content: bytes, source: str) -> CocoData:

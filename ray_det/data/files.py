@@ -6,6 +6,7 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 from pyarrow import fs
 
 from ray_det.types import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
 
 
 class Stat(NamedTuple):
@@ -87,6 +90,49 @@ def read_bytes(path: str) -> bytes:
         raise UserError(f"cannot read {path}: {_one_line(error)}") from error
 
 
+def read_text(path: str) -> str:
+    """Content of a text file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_all(paths: list[str]) -> list[bytes | None]:
+    """Contents of many small files, None where there is none."""
+
+    def read(path: str) -> bytes | None:
+        try:
+            with open_binary(path) as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(read, paths))
+
+
+def listing(folder: str) -> list[str]:
+    """Paths of all files in a folder, at any depth, relative to it and sorted; none where there is no folder."""
+    filesystem, path = resolve(folder) if has_scheme(folder) else (fs.LocalFileSystem(), folder)
+    try:
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {_one_line(error)}") from error
+    return sorted(posixpath.relpath(info.path, path) for info in found if info.type == fs.FileType.File)
+
+
+def images(names: list[str]) -> list[str]:
+    """Those of the names that may be images, by their suffix."""
+    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place at the end: nobody sees half a file."""
@@ -116,11 +162,17 @@ def stats(root: str, names: list[str]) -> list[Stat | None]:
 
 
 def is_file(path: str) -> bool:
-    if not has_scheme(path):
-        return os.path.isfile(path)
-    filesystem, inner = resolve(path)
+    return _kind(path) == fs.FileType.File
+
+
+def is_folder(path: str) -> bool:
+    return _kind(path) == fs.FileType.Directory
+
+
+def _kind(path: str) -> fs.FileType:
+    filesystem, inner = resolve(path) if has_scheme(path) else (fs.LocalFileSystem(), path)
     try:
-        return _stat(filesystem.get_file_info([inner])[0]) is not None
+        return filesystem.get_file_info([inner])[0].type
     except OSError as error:
         raise UserError(f"cannot reach {path}: {_one_line(error)}") from error
 

@@ -1,17 +1,17 @@
-"""From a COCO JSON to a manifest: preflight, build, cache by content."""
+"""From annotations to a manifest: preflight, build, cache by content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import posixpath
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ray_det.data import coco, files, manifest
+from ray_det.data import files, manifest, sources
 from ray_det.data.classes import Selection, select
+from ray_det.data.coco import CocoData
 from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
 from ray_det.data.preflight import KINDS, WHERE, PreflightReport, inspect
@@ -28,21 +28,23 @@ def prepare(
     images: str | None,
     cache: Path,
     *,
+    split: str = "train",
     selection: Selection = ALL_CLASSES,
     strict: bool = False,
     map_chunks: MapChunks = map_in_threads,
 ) -> tuple[Manifest, PreflightReport | None]:
-    """The manifest of a COCO JSON, from the cache where JSON and images are what they were, or of a manifest file.
+    """The manifest of a data set, from the cache where annotations and images are what they were, or of a file.
 
     Args:
-        source: a COCO JSON or a manifest (.parquet).
-        images: the root of `file_name`; None looks for it beside the JSON.
+        source: what `sources.read` takes, or a manifest (.parquet).
+        images: the root of `file_name`; None looks for it in the usual places.
         cache: folder of prepared manifests.
+        split: the entry of a YOLO data.yaml.
         selection: which classes are used; a manifest has made its choice already.
         strict: refuse a data set with any error.
 
     Returns:
-        The manifest, and the preflight's report where the source is a JSON.
+        The manifest, and the preflight's report where the source is no manifest.
 
     Raises:
         UserError: no such file, a broken one, a data set without images, no image found, a class that is not there, or
@@ -52,8 +54,7 @@ def prepare(
         if selection:
             raise UserError(f"{source} is a manifest: give classes and rename to jobs/prepare.py, which makes it")
         return read_manifest(source), None
-    data = _read(source, selection)
-    root = find_root(data, images)
+    data, root = _read(source, images, split, selection)
     key = _cache_key(data, root)
     table_path, report_path = cache / f"{key}.parquet", cache / f"{key}.preflight.json"
     made = _cached(table_path, report_path, source)
@@ -67,26 +68,32 @@ def prepare(
 
 
 def make(
-    source: str, images: str | None, map_chunks: MapChunks = map_in_threads, selection: Selection = ALL_CLASSES
+    source: str,
+    images: str | None,
+    map_chunks: MapChunks = map_in_threads,
+    *,
+    split: str = "train",
+    selection: Selection = ALL_CLASSES,
 ) -> tuple[Manifest, PreflightReport]:
-    """Manifest and report of a COCO JSON, without a cache.
+    """Manifest and report of a data set, without a cache.
 
     Raises:
         UserError: as `prepare`.
     """
-    data = _read(source, selection)
-    return _make(data, find_root(data, images), map_chunks)
+    return _make(*_read(source, images, split, selection), map_chunks)
 
 
 def is_manifest(source: str) -> bool:
     return source.endswith(".parquet")
 
 
-def _read(source: str, selection: Selection) -> coco.CocoData:
-    return select(coco.parse(files.read_bytes(source), source), selection)
+def _read(source: str, images: str | None, split: str, selection: Selection) -> tuple[CocoData, str]:
+    """The chosen annotations and the root of their images."""
+    data, roots = sources.read(source, split)
+    return select(data, selection), files.absolute(images) if images is not None else find_root(data, roots)
 
 
-def _make(data: coco.CocoData, root: str, map_chunks: MapChunks) -> tuple[Manifest, PreflightReport]:
+def _make(data: CocoData, root: str, map_chunks: MapChunks) -> tuple[Manifest, PreflightReport]:
     checked, report = inspect(data, root, map_chunks)
     return manifest.build(checked, root), report
 
@@ -108,15 +115,12 @@ def refuse_errors(report: PreflightReport, listed: Path) -> None:
         )
 
 
-def find_root(data: coco.CocoData, images: str | None) -> str:
-    """The root of `file_name`: `images`, or the first usual place beside the JSON that holds one of the first images.
+def find_root(data: CocoData, candidates: list[str]) -> str:
+    """The first of the candidates that holds one of the first images.
 
     Raises:
         UserError: none of them does.
     """
-    if images is not None:
-        return files.absolute(images)
-    candidates = _usual_roots(files.absolute(data.source))
     for name in data.file_names[:_LOOKED_FOR]:
         if leaves_root(name):
             return candidates[0]  # the preflight refuses it, and says why
@@ -129,16 +133,10 @@ def find_root(data: coco.CocoData, images: str | None) -> str:
     )
 
 
-def _usual_roots(source: str) -> list[str]:
-    folder, stem = files.parent(source), posixpath.basename(source).removesuffix(".json")
-    # COCO's own layout: annotations/instances_val2017.json beside val2017/
-    official = f"{files.parent(folder)}/{stem.rsplit('_', 1)[-1]}"
-    return [f"{folder}/images", folder, official, f"{folder}/{stem}"]
-
-
-def _cache_key(data: coco.CocoData, root: str) -> str:
-    """Changes with what is read of the JSON, the root, and any image that changes, comes or goes."""
-    digest = hashlib.sha256(json.dumps([_FORMAT, root, data.file_names, data.classes.to_json()]).encode())
+def _cache_key(data: CocoData, root: str) -> str:
+    """Changes with what is read of the annotations, the root, and any image that changes, comes or goes."""
+    about = [_FORMAT, root, data.relative, data.file_names, data.classes.to_json()]
+    digest = hashlib.sha256(json.dumps(about).encode())
     for column in vars(data).values():
         if isinstance(column, np.ndarray):
             digest.update(f"{column.shape}\0".encode() + column.tobytes())

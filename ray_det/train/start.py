@@ -87,6 +87,7 @@ def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: M
             source,
             config.data.images,
             cache,
+            split=split,
             selection=Selection(config.data.classes, config.data.rename),
             strict=config.data.strict,
             map_chunks=map_chunks,
