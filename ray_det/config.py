@@ -55,7 +55,9 @@ class DatasetConfig(Section):
         default="wrap",
         description="an epoch's last, short global batch: filled with images from its start, or left out",
     )
-    strict: bool = Field(default=False, description="refuse a data set in which the preflight finds any error")
+    strict: bool = Field(
+        default=False, description="refuse data in which the preflight finds any error, or an image is in two splits"
+    )
 
 
 class AugmentConfig(Section):

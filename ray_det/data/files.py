@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import stat
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,8 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 from pyarrow import fs
 
+from ray_det.storage import Folder
 from ray_det.types import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
@@ -133,6 +137,42 @@ def images(names: list[str]) -> list[str]:
     return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
+@lru_cache(maxsize=64)
+def _opened(path: str) -> pa.NativeFile:
+    filesystem, inner = resolve(path) if has_scheme(path) else (fs.LocalFileSystem(), path)
+    return filesystem.open_input_file(inner)
+
+
+def read_range(path: str, offset: int, length: int) -> bytes:
+    """Exactly `length` bytes of a file, by one request; the file stays open in this process. Threads may share it.
+
+    Raises:
+        UserError: it cannot be read, or ends before.
+    """
+    try:
+        content = _opened(path).read_at(length, offset)
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+    if len(content) != length:
+        raise UserError(f"{path} is damaged: it ends before byte {offset + length}")
+    return content
+
+
+@contextmanager
+def writing(path: str) -> Iterator[Path]:
+    """A temporary local file that becomes `path`, local or a URI, when the block ends well: nobody sees half a file."""
+    if not has_scheme(path):
+        with replacing(Path(path)) as temporary:
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory(prefix="ray_det_") as scratch:
+        temporary = Path(scratch) / path.rsplit("/", 1)[1]
+        yield temporary
+        Folder.at(parent(path)).upload(temporary, temporary.name)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place at the end: nobody sees half a file."""
@@ -148,7 +188,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def stats(root: str, names: list[str]) -> list[Stat | None]:
     """Size and time of change of every file under `root`, None where there is none. Remote folders are listed once."""
     if not has_scheme(root):
-        return [_stat(i) for i in fs.LocalFileSystem().get_file_info([join(root, n) for n in names])]
+        return [_local_stat(join(root, name)) for name in names]
     filesystem, base = resolve(root)
     paths = [posixpath.normpath(f"{base}/{name}") for name in names]
     found: dict[str, Stat | None] = {}
@@ -161,20 +201,28 @@ def stats(root: str, names: list[str]) -> list[Stat | None]:
     return [found.get(path) for path in paths]
 
 
+def _local_stat(path: str) -> Stat | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # of all kinds: a name may be too long, or go through a file
+        return None
+    return Stat(found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
 def is_file(path: str) -> bool:
-    return _kind(path) == fs.FileType.File
+    return _kind(path) == fs.FileType.File if has_scheme(path) else os.path.isfile(path)
 
 
 def is_folder(path: str) -> bool:
-    return _kind(path) == fs.FileType.Directory
+    return _kind(path) == fs.FileType.Directory if has_scheme(path) else os.path.isdir(path)
 
 
-def _kind(path: str) -> fs.FileType:
-    filesystem, inner = resolve(path) if has_scheme(path) else (fs.LocalFileSystem(), path)
+def _kind(uri: str) -> fs.FileType:
+    filesystem, path = resolve(uri)
     try:
-        return filesystem.get_file_info([inner])[0].type
+        return filesystem.get_file_info([path])[0].type
     except OSError as error:
-        raise UserError(f"cannot reach {path}: {_one_line(error)}") from error
+        raise UserError(f"cannot reach {uri}: {_one_line(error)}") from error
 
 
 def _stat(info: fs.FileInfo) -> Stat | None:

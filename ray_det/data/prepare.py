@@ -12,6 +12,7 @@ import numpy as np
 from ray_det.data import files, manifest, sources
 from ray_det.data.classes import Selection, select
 from ray_det.data.coco import CocoData
+from ray_det.data.files import Stat
 from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
 from ray_det.data.preflight import KINDS, WHERE, PreflightReport, inspect
@@ -55,11 +56,12 @@ def prepare(
             raise UserError(f"{source} is a manifest: give classes and rename to jobs/prepare.py, which makes it")
         return read_manifest(source), None
     data, root = _read(source, images, split, selection)
-    key = _cache_key(data, root)
+    stats = _stats(data, root)
+    key = _cache_key(data, root, stats)
     table_path, report_path = cache / f"{key}.parquet", cache / f"{key}.preflight.json"
     made = _cached(table_path, report_path, source)
     if made is None:
-        made = _make(data, root, map_chunks)
+        made = _make(data, root, stats, map_chunks)
         write_report(made[1], report_path)
         write_manifest(made[0], table_path)  # last: its presence says that both are there
     if strict:
@@ -80,7 +82,8 @@ def make(
     Raises:
         UserError: as `prepare`.
     """
-    return _make(*_read(source, images, split, selection), map_chunks)
+    data, root = _read(source, images, split, selection)
+    return _make(data, root, _stats(data, root), map_chunks)
 
 
 def is_manifest(source: str) -> bool:
@@ -93,17 +96,26 @@ def _read(source: str, images: str | None, split: str, selection: Selection) -> 
     return select(data, selection), files.absolute(images) if images is not None else find_root(data, roots)
 
 
-def _make(data: CocoData, root: str, map_chunks: MapChunks) -> tuple[Manifest, PreflightReport]:
+def _stats(data: CocoData, root: str) -> list[Stat | None]:
+    """Of every image, None where there is none; of names that the preflight refuses too."""
+    safe = [name for name in data.file_names if not leaves_root(name)]
+    found = dict(zip(safe, files.stats(root, safe), strict=True))
+    return [found.get(name) for name in data.file_names]
+
+
+def _make(
+    data: CocoData, root: str, stats: list[Stat | None], map_chunks: MapChunks
+) -> tuple[Manifest, PreflightReport]:
     checked, report = inspect(data, root, map_chunks)
-    return manifest.build(checked, root), report
+    return manifest.build(checked, root, [stat and stat.size for stat in stats]), report
 
 
-def write_report(report: PreflightReport, path: Path) -> None:
-    with files.replacing(path) as temporary:
+def write_report(report: PreflightReport, path: str | Path) -> None:
+    with files.writing(str(path)) as temporary:
         temporary.write_text(json.dumps(report.to_json(), indent=1))
 
 
-def refuse_errors(report: PreflightReport, listed: Path) -> None:
+def refuse_errors(report: PreflightReport, listed: str | Path) -> None:
     """Raises:
     UserError: the preflight found an error; `listed` is the file that lists them all.
     """
@@ -133,16 +145,13 @@ def find_root(data: CocoData, candidates: list[str]) -> str:
     )
 
 
-def _cache_key(data: CocoData, root: str) -> str:
+def _cache_key(data: CocoData, root: str, stats: list[Stat | None]) -> str:
     """Changes with what is read of the annotations, the root, and any image that changes, comes or goes."""
-    about = [_FORMAT, root, data.relative, data.file_names, data.classes.to_json()]
+    about = [_FORMAT, root, data.relative, data.file_names, data.classes.to_json(), stats]
     digest = hashlib.sha256(json.dumps(about).encode())
     for column in vars(data).values():
         if isinstance(column, np.ndarray):
             digest.update(f"{column.shape}\0".encode() + column.tobytes())
-    safe = [name for name in data.file_names if not leaves_root(name)]
-    for stat in files.stats(root, safe):
-        digest.update(f"{stat and tuple(stat)}\0".encode())
     return digest.hexdigest()[:32]
 
 

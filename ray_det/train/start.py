@@ -16,6 +16,7 @@ from ray_det.data.headers import MapChunks
 from ray_det.data.manifest import Manifest, write_manifest
 from ray_det.data.preflight import require_trainable
 from ray_det.data.prepare import prepare, same_classes
+from ray_det.data.twins import find_twins
 from ray_det.storage import Folder
 from ray_det.train.job import Job
 from ray_det.types import UserError
@@ -98,7 +99,19 @@ def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: M
             require_trainable(manifest)
         else:
             same_classes(manifests["train"], manifest)
+    _check_twins(config, manifests, say)
     return manifests
+
+
+def _check_twins(config: TrainJobConfig, manifests: dict[str, Manifest], say: Callable[[str], None]) -> None:
+    """Say which images are in two splits, or refuse them as strict."""
+    twins, path = find_twins(manifests, cache_folder(config.storage) / "manifests")
+    if not twins:
+        return
+    text = f"{len(twins)} images are in two splits (for example {'; '.join(map(str, twins[:3]))}); listed in {path}"
+    if config.data.strict:
+        raise UserError(f"refused as strict: {text}")
+    say(f"warning: {text}")
 
 
 def _one_line(source: str, manifest: Manifest) -> str:
