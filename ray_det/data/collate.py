@@ -99,7 +99,7 @@ def _load_image(
     spec: LoadSpec, record: dict, epoch: int, image_size: int, canvas_HW3: np.ndarray
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
     """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,)."""
-    uri, source = record["place"].uri, (record["height"], record["width"])
+    uri, source = record["place"].name, (record["height"], record["width"])
     image = decode.decode(record["place"].read(), uri)
     if image.shape[:2] != source:
         raise UserError(f"image {uri} is {image.shape[:2]} (h, w), the manifest says {source}: prepare it again")

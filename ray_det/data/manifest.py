@@ -66,6 +66,11 @@ class Place(NamedTuple):
     offset: int | None
     length: int | None
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.uri if self.shard is None else f"{self.uri} (byte {self.offset} of {self.shard})"
+
     def read(self) -> bytes:
         """Raises:
         UserError: it cannot be read, or the shard is too short.

@@ -21,9 +21,11 @@ from ray_det.storage import Folder
 from ray_det.train.job import Job
 from ray_det.types import UserError
 
-MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps")
-"""What a run may be continued with differently: nothing here touches what is learned."""
 SPLITS = ("train", "val", "test")
+PLACES = tuple(f"data.{name}:" for name in (*SPLITS, "images"))
+"""Where the data is: what it holds is compared by its hash."""
+MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps", *PLACES)
+"""What a run may be continued with differently: nothing here touches what is learned."""
 
 
 def cache_folder(storage: str) -> Path:
