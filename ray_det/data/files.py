@@ -123,13 +123,19 @@ def read_all(paths: list[str]) -> list[bytes | None]:
 
 
 def listing(folder: str) -> list[str]:
-    """Paths of all files in a folder, at any depth, relative to it and sorted; none where there is no folder."""
-    filesystem, path = resolve(folder) if has_scheme(folder) else (fs.LocalFileSystem(), folder)
+    """Paths of all files in a folder, at any depth, relative to it and sorted; none where there is no folder.
+
+    On a local disk symbolic links to folders are not followed: they may go in circles.
+    """
+    if not has_scheme(folder):
+        found = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+        return sorted(os.path.relpath(path, folder) for path in found if os.path.isfile(path))
+    filesystem, path = resolve(folder)
     try:
-        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     except OSError as error:
         raise UserError(f"cannot list {folder}: {_one_line(error)}") from error
-    return sorted(posixpath.relpath(info.path, path) for info in found if info.type == fs.FileType.File)
+    return sorted(posixpath.relpath(info.path, path) for info in infos if info.type == fs.FileType.File)
 
 
 def images(names: list[str]) -> list[str]:

@@ -10,7 +10,9 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
+from pyarrow import fs
 
+from ray_det.data import files
 from ray_det.data.prepare import make, prepare, same_classes
 from ray_det.data.voc import read
 from ray_det.types import UserError
@@ -73,6 +75,14 @@ def test_same_boxes_as_the_coco_json(voc: Path, small_coco: dict[str, Path], spl
             assert a[key] == b[key], key
         assert [ours.classes.names[i] for i in a["labels"]] == [theirs.classes.names[i] for i in b["labels"]]
     assert sum(map(len, ours.table["boxes"].to_pylist())) > 10
+
+
+def test_a_store_is_read_as_a_folder_is(voc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = make(str(voc / "ImageSets/Main/val.txt"), None)
+    store = fs.SubTreeFileSystem(str(voc.parent), fs.LocalFileSystem())
+    monkeypatch.setattr(files, "_filesystem", lambda scheme, host: (store, host))
+    manifest, _ = make(f"store://{voc.name}/ImageSets/Main/val.txt", None)
+    assert manifest.hash == expected.hash and manifest.root == expected.root.replace(f"{voc.parent}/", "store://")
 
 
 def test_splits_of_one_folder_agree_on_their_classes(voc: Path, tmp_path: Path) -> None:

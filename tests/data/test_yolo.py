@@ -9,9 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pyarrow import fs
 
+from ray_det.config import TrainJobConfig
+from ray_det.data import files
+from ray_det.data.headers import map_in_threads
 from ray_det.data.prepare import make, prepare
 from ray_det.data.yolo import read
+from ray_det.train.start import begin
 from ray_det.types import UserError
 
 LABELS = {1: 0, 3: 1, 7: 2}
@@ -55,6 +60,21 @@ def test_same_boxes_as_the_coco_json(yolo: Path, small_coco: dict[str, Path], sp
         np.testing.assert_allclose(boxes, np.reshape(b["boxes"], (-1, 4)), atol=1e-3)
         np.testing.assert_allclose(a["area"], boxes[:, 2] * boxes[:, 3])
     assert sum(map(len, ours.table["boxes"].to_pylist())) > 10
+
+
+def test_a_store_is_read_as_a_folder_is(yolo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = make(str(yolo / "data.yaml"), None, split="val")
+    store = fs.SubTreeFileSystem(str(yolo.parent), fs.LocalFileSystem())
+    monkeypatch.setattr(files, "_filesystem", lambda scheme, host: (store, host))
+    manifest, _ = make(f"store://{yolo.name}/data.yaml", None, split="val")
+    assert manifest.hash == expected.hash and manifest.root == expected.root.replace(f"{yolo.parent}/", "store://")
+
+
+def test_a_run_takes_the_entry_of_each_split(yolo: Path, small_coco: dict[str, Path], tmp_path: Path) -> None:
+    data = dict.fromkeys(("train", "val", "test"), str(yolo / "data.yaml"))
+    config = TrainJobConfig.model_validate({"storage": str(tmp_path), "data": data | {"strict": True}})
+    manifests = begin(config, 0.0, lambda text: None, map_in_threads).manifests
+    assert {split: len(manifest) for split, manifest in manifests.items()} == {"train": 16, "val": 7, "test": 5}
 
 
 def test_boxes_follow_a_changed_picture_and_labels_the_cache(yolo: Path, tmp_path: Path) -> None:
