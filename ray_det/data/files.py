@@ -128,7 +128,7 @@ def listing(folder: str) -> list[str]:
     On a local disk symbolic links to folders are not followed: they may go in circles.
     """
     if not has_scheme(folder):
-        found = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
+        found = [os.path.join(base, name) for base, _, names in os.walk(folder) for name in names]
         return sorted(os.path.relpath(path, folder) for path in found if os.path.isfile(path))
     filesystem, path = resolve(folder)
     try:

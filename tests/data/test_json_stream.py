@@ -43,7 +43,7 @@ def outcome(read: Any, content: bytes) -> Any:
         return str(error)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     document=st.dictionaries(st.text(max_size=3), VALUES, max_size=4) | VALUES,
     indent=st.sampled_from([None, 1]),
@@ -59,7 +59,7 @@ def test_same_values_as_json(
     assert read(content) == json.loads(content) == document
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), chunk=st.integers(1, 9))
 def test_same_messages_as_json(data: st.DataObject, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
