@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ray_det import cli
-from ray_det.config import Section, WorkersConfig
+from ray_det.config import CLASSES, RENAME, SOURCES, ClassName, DatasetConfig, Section, WorkersConfig
+from ray_det.data.classes import Selection
+from ray_det.data.prepare import is_manifest, prepare, same_categories
 
 
 class EvalDataConfig(Section):
-    val: str = Field(description="COCO JSON or manifest to evaluate on")
-    images: str | None = Field(default=None, description="root of every `file_name`; default: found beside the JSON")
+    val: str = Field(description=f"{SOURCES} or manifest to evaluate on")
+    split: Literal["train", "val", "test"] = Field(default="val", description="the entry of a data.yaml")
+    images: str | None = Field(default=None, description="root of every `file_name`; default: found beside the source")
+    classes: tuple[str, ...] | None = Field(default=None, description=f"{CLASSES}; default: as in training")
+    rename: dict[str, ClassName] | None = Field(default=None, description=f"{RENAME}; default: as in training")
 
 
 class EvalJobConfig(Section):
@@ -31,9 +36,16 @@ class EvalJobConfig(Section):
     workers: WorkersConfig = WorkersConfig()
 
 
+def selection(given: EvalDataConfig, trained: DatasetConfig) -> Selection:
+    """The classes that the checkpoint knows, unless others are asked for; a manifest comes with its own."""
+    if is_manifest(given.val) and given.classes is None and given.rename is None:
+        return Selection()
+    classes = trained.classes if given.classes is None else given.classes
+    return Selection(classes, trained.rename if given.rename is None else given.rename)
+
+
 def main() -> None:
     config, _ = cli.parse(EvalJobConfig, sys.argv[1:], description=__doc__ or "")
-    from ray_det.data.prepare import prepare, same_categories
     from ray_det.evaluate.coco_eval import coco_metrics
     from ray_det.predict.launch import DETECTIONS, InferJob, infer_on_workers
     from ray_det.predict.predictor import open_checkpoint
@@ -41,7 +53,10 @@ def main() -> None:
     from ray_det.storage import Folder
 
     checkpoint = open_checkpoint(config.checkpoint)
-    manifest, report = prepare(config.data.val, config.data.images, Path.home() / ".cache" / "ray_det" / "manifests")
+    cache = Path.home() / ".cache" / "ray_det" / "manifests"
+    chosen = selection(config.data, checkpoint.config.data)
+    data = config.data
+    manifest, report = prepare(data.val, data.images, cache, split=data.split, selection=chosen)
     if report and report.notable:
         print(report.table())
     same_categories(checkpoint.classes, config.checkpoint, manifest.classes, config.data.val)

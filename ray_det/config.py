@@ -13,6 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+ClassName = Annotated[str, Field(min_length=1)]
+
+SOURCES = "COCO JSON, VOC folder or list (.txt), YOLO data.yaml"
+CLASSES = "names of the classes to use, after `rename`; empty: all. Images without boxes of these stay"
+RENAME = 'new names of classes, {"old": "new"}; those that get one name become one class'
 
 
 class Section(BaseModel):
@@ -22,12 +27,14 @@ class Section(BaseModel):
 
 
 class DatasetConfig(Section):
-    train: str | None = Field(default=None, description="COCO JSON or manifest to train on")
-    val: str | None = Field(default=None, description="COCO JSON or manifest evaluated after every epoch")
-    test: str | None = Field(default=None, description="COCO JSON or manifest evaluated once, with the best checkpoint")
+    train: str | None = Field(default=None, description=f"data to train on: {SOURCES} or manifest")
+    val: str | None = Field(default=None, description="data evaluated after every epoch, as for train")
+    test: str | None = Field(default=None, description="data evaluated once, with the best checkpoint, as for train")
     images: str | None = Field(
-        default=None, description="root of every `file_name` (folder or URI); default: found beside each JSON"
+        default=None, description="root of every `file_name` (folder or URI); default: found beside each source"
     )
+    classes: tuple[str, ...] = Field(default=(), description=CLASSES)
+    rename: dict[str, ClassName] = Field(default={}, description=RENAME)
     image_size: Annotated[int, Field(ge=32, le=4096)] = Field(
         default=640, description="side that images are resized to, pixels"
     )
@@ -48,7 +55,9 @@ class DatasetConfig(Section):
         default="wrap",
         description="an epoch's last, short global batch: filled with images from its start, or left out",
     )
-    strict: bool = Field(default=False, description="refuse a data set in which the preflight finds any error")
+    strict: bool = Field(
+        default=False, description="refuse data in which the preflight finds any error, or an image is in two splits"
+    )
 
 
 class AugmentConfig(Section):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ray_det.data import embedded
+from tests.s3 import s3_server
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
@@ -35,6 +36,13 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("RAY_DET_REAL_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """A real S3 server; `s3://bucket/…` is on it. Who stops it starts it again."""
+    with s3_server(tmp_path_factory.mktemp("s3") / "server") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -11,20 +11,14 @@ import pytest
 from ray_det.data import files
 from ray_det.retry import patiently
 from ray_det.storage import Folder, StorageError
-from tests.s3 import S3Server, s3_server
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3") / "server") as running:
-        yield running
+from tests.s3 import S3Server
 
 
 @pytest.fixture(params=["local", "s3"])
 def folder(request, tmp_path) -> Folder:
     if request.param == "local":
         return Folder.at(str(tmp_path / "runs" / "run"))
-    request.getfixturevalue("server")
+    request.getfixturevalue("s3")
     return Folder.at(f"s3://bucket/{tmp_path.name}/run")
 
 
@@ -57,11 +51,11 @@ def test_replacing_leaves_nothing_of_the_one_before(folder, tmp_path):
     assert (folder / "best").names() == ["new"]
 
 
-@pytest.mark.parametrize("outage", ["stopped", "frozen"])
-def test_an_outage_is_waited_for(outage, server: S3Server, tmp_path):
+@pytest.mark.parametrize("outage", [pytest.param("stopped", marks=pytest.mark.slow), "frozen"])
+def test_an_outage_is_waited_for(outage, s3: S3Server, tmp_path):
     folder = Folder.at(f"s3://bucket/{tmp_path.name}")
     folder.write_text("data", "1")
-    end, again = (server.stop, server.start) if outage == "stopped" else (server.freeze, server.thaw)
+    end, again = (s3.stop, s3.start) if outage == "stopped" else (s3.freeze, s3.thaw)
     end()
     timer = threading.Timer(3, again)
     timer.start()
@@ -71,11 +65,11 @@ def test_an_outage_is_waited_for(outage, server: S3Server, tmp_path):
     assert folder.names() == ["data", "text"]
 
 
-def test_an_outage_for_good_is_one_clear_error(server: S3Server):
-    server.stop()
+def test_an_outage_for_good_is_one_clear_error(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
     with pytest.raises(StorageError, match=r"^cannot write s3://bucket/run/text: .*Could not connect"):
         Folder.at("s3://bucket/run", patience_s=0.5).write_text("text", "")
-    server.start()
 
 
 def test_what_time_does_not_mend_is_not_tried_again():

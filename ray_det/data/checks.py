@@ -6,7 +6,7 @@ Shape legend: I images and M annotations in the order of the file, R rows of the
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,6 +51,9 @@ def check(data: CocoData, headers: list[Header]) -> Checked:
     category_ids_C = np.array(data.classes.category_ids, np.int64)
     labels_M = _lookup(category_ids_C, np.arange(len(category_ids_C)), data.category_of_M)
     sizes_M2 = np.where(rows_M[:, None] >= 0, sizes_I2[entries_R[np.maximum(rows_M, 0)]], 0)
+    if data.relative:  # of an image whose size nobody knows they stay shares
+        boxes_M4 = data.boxes_M4 * np.maximum(np.tile(sizes_M2[:, ::-1], 2), 1)
+        data = replace(data, boxes_M4=boxes_M4, area_M=boxes_M4[:, 2] * boxes_M4[:, 3], relative=False)
     box_marks = _box_marks(data, sizes_M2) | {"unknown_image_id": rows_M < 0, "unknown_category_id": labels_M < 0}
     has_boxes_R = np.zeros(len(entries_R), bool)
     has_boxes_R[rows_M[(rows_M >= 0) & (labels_M >= 0)]] = True

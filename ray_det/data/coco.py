@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ray_det.data.json_stream import JsonStream
 from ray_det.types import ClassList, UserError
+
+Columns = dict[str, Any]
+"""Fields of `CocoData` by name."""
 
 _INT64 = 2**63
 _INT32 = 2**31
@@ -31,74 +37,131 @@ class CocoData:
     boxes_M4: np.ndarray  # float64 xywh in pixels
     area_M: np.ndarray  # float64 square pixels; w * h where the JSON has none
     crowd_M: np.ndarray  # bool
+    relative: bool = False  # boxes and areas are shares of the image, not pixels: what YOLO files have
 
 
 def parse(content: bytes, source: str) -> CocoData:
     """Read the text of a COCO JSON; `source` names it in messages.
 
+    Records are taken one by one, and what is not needed of them (most of a large file is polygons) is dropped at once.
+
     Raises:
         UserError: it is not JSON, not COCO, or a record misses a key or has a value of a wrong type.
     """
     try:
-        document = json.loads(content)
+        found = _read(JsonStream(content), source)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{source} is not a COCO file: it holds {_brief(document)}, not an object")
-    categories, images, annotations = (_records(document, k, source) for k in ("categories", "images", "annotations"))
-    if not images:
+    parts = [_counting(found, key, source) for key in _TABLES]
+    columns: dict[str, Any] = {name: column for part in parts for name, column in part.items()}
+    if not columns["file_names"]:
         raise UserError(f"{source}: empty dataset, it has no images")
-    if not categories:
+    if not len(columns["classes"]):
         raise UserError(f"{source} has no categories")
-    heights = [_size(r, "height", source) for r in images]
-    widths = [_size(r, "width", source) for r in images]
-    boxes = [_box(r, source) for r in annotations]
-    return CocoData(
-        source=source,
-        classes=_classes(categories, source),
-        image_ids_I=_ids(images, "image", "id", source),
-        file_names=[_text(r, "image", "file_name", source) for r in images],
-        declared_I2=np.array([heights, widths], np.int64).T,
-        annotation_ids_M=_ids(annotations, "annotation", "id", source),
-        image_of_M=_ids(annotations, "annotation", "image_id", source),
-        category_of_M=_ids(annotations, "annotation", "category_id", source),
-        boxes_M4=np.array(boxes, np.float64).reshape(-1, 4),
-        area_M=np.array([_area(r, b, source) for r, b in zip(annotations, boxes, strict=True)], np.float64),
-        crowd_M=np.array([_crowd(r, source) for r in annotations], bool),
-    )
+    return CocoData(source=source, **columns)
 
 
-def _records(document: dict, key: str, source: str) -> list[dict]:
-    records = document.get(key)
-    if not isinstance(records, list):
-        what = "no list" if key not in document else _brief(records) + ", not a list,"
-        raise UserError(f"{source} is not a COCO detection file: it has {what} under '{key}'")
-    for i, record in enumerate(records):
+def _read(stream: JsonStream, source: str) -> dict[str, Columns | UserError]:
+    """The columns of every list that is needed, or what is wrong with it. Of equal keys the last counts."""
+    found: dict[str, Columns | UserError] = {}
+    if stream.peek() != "{":
+        value = stream.value()
+        stream.end()
+        raise UserError(f"{source} is not a COCO file: it holds {_brief(value)}, not an object")
+    for key in stream.members():
+        if stream.peek() != "[":
+            found[key] = _no_list(key, _brief(stream.value()) + ", not a list,", source)
+            continue
+        elements = stream.elements()
+        if key in _TABLES:
+            try:
+                found[key] = _TABLES[key](_objects(elements, key, source), source)
+            except UserError as error:
+                found[key] = error
+        for _ in elements:  # after an error, and where the list is not needed
+            pass
+    stream.end()
+    return found
+
+
+def _counting(found: dict[str, Columns | UserError], key: str, source: str) -> Columns:
+    part = found.get(key) or _no_list(key, "no list", source)
+    if isinstance(part, UserError):
+        raise part
+    return part
+
+
+def _no_list(key: str, what: str, source: str) -> UserError:
+    return UserError(f"{source} is not a COCO detection file: it has {what} under '{key}'")
+
+
+def _objects(elements: Iterator[Any], key: str, source: str) -> Iterator[dict]:
+    for i, record in enumerate(elements):
         if not isinstance(record, dict):
             raise UserError(f"{source}: {key}[{i}] is {_brief(record)}, not an object")
-    return records
+        yield record
 
 
-def _classes(categories: list[dict], source: str) -> ClassList:
-    ids = _ids(categories, "category", "id", source)
-    clean = [{"id": int(i), "name": _text(r, "category", "name", source)} for i, r in zip(ids, categories, strict=True)]
+def _categories(records: Iterator[dict], source: str) -> Columns:
+    clean = [
+        {"id": _id(r, "category", "id", source, position=i), "name": _text(r, "category", "name", source)}
+        for i, r in enumerate(records)
+    ]
     try:
-        return ClassList.from_json(clean)
+        return {"classes": ClassList.from_json(clean)}
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
 
-def _ids(records: list[dict], kind: str, key: str, source: str) -> np.ndarray:
-    """int64 (N,) of an id per record."""
-    values = np.empty(len(records), np.int64)
+def _images(records: Iterator[dict], source: str) -> Columns:
+    ids, names, declared = array("q"), [], array("q")
     for i, record in enumerate(records):
-        value = record.get(key)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not -_INT64 <= value < _INT64:
-            raise _wrong(record, kind, key, "a whole number of 64 bits", source, position=i)
-        values[i] = value
-    return values
+        ids.append(_id(record, "image", "id", source, position=i))
+        names.append(_text(record, "image", "file_name", source))
+        declared.extend((_size(record, "height", source), _size(record, "width", source)))
+    return {
+        "image_ids_I": np.array(ids),
+        "file_names": names,
+        "declared_I2": np.array(declared).reshape(-1, 2),
+    }
+
+
+def _annotations(records: Iterator[dict], source: str) -> Columns:
+    ids, boxes, areas, crowds = array("q"), array("d"), array("d"), array("b")
+    for i, record in enumerate(records):
+        ids.append(_id(record, "annotation", "id", source, position=i))
+        ids.append(_id(record, "annotation", "image_id", source))
+        ids.append(_id(record, "annotation", "category_id", source))
+        box = _box(record, source)
+        boxes.extend(box)
+        areas.append(_area(record, box, source))
+        crowds.append(_crowd(record, source))
+    ids_M3 = np.array(ids).reshape(-1, 3)
+    return {
+        "annotation_ids_M": ids_M3[:, 0].copy(),
+        "image_of_M": ids_M3[:, 1].copy(),
+        "category_of_M": ids_M3[:, 2].copy(),
+        "boxes_M4": np.array(boxes).reshape(-1, 4),
+        "area_M": np.array(areas),
+        "crowd_M": np.array(crowds).astype(bool),
+    }
+
+
+_TABLES: dict[str, Callable[[Iterator[dict], str], Columns]] = {
+    "categories": _categories,
+    "images": _images,
+    "annotations": _annotations,
+}
+
+
+def _id(record: dict, kind: str, key: str, source: str, position: int | None = None) -> int:
+    """A whole number of 64 bits; `position` names a record whose own id is wrong."""
+    value = record.get(key)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not -_INT64 <= value < _INT64:
+        raise _wrong(record, kind, key, "a whole number of 64 bits", source, position=position)
+    return value
 
 
 def _text(record: dict, kind: str, key: str, source: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ray_det import boxes as box_ops
 from ray_det.config import AugmentConfig
-from ray_det.data import augment, decode, files
+from ray_det.data import augment, decode
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import Assignment, resized
 from ray_det.retry import PATIENCE_S
@@ -63,7 +63,7 @@ def load(work: Shard, start: int = 0, stop: int | None = None) -> list[MicroBatc
     first = int(work.assignment.offsets[start])
     records = work.images.table.slice(first, len(part.rows)).to_pylist()
     for i, record in enumerate(records):
-        record["uri"] = work.images.uri(first + i)
+        record["place"] = work.images.place(first + i)
     areas = np.diff(part.offsets) * part.canvas.prod(axis=1, dtype=np.int64) * 3
     ends = np.cumsum(areas)
     buffer = np.empty(int(ends[-1]), np.uint8)
@@ -101,8 +101,8 @@ def _load_image(
     spec: LoadSpec, record: dict, epoch: int, image_size: int, canvas_HW3: np.ndarray
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
     """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,)."""
-    uri, source = record["uri"], (record["height"], record["width"])
-    image = decode.decode(files.read_bytes(uri, spec.patience_s), uri)
+    uri, source = record["place"].name, (record["height"], record["width"])
+    image = decode.decode(record["place"].read(spec.patience_s), uri)
     if image.shape[:2] != source:
         raise UserError(f"image {uri} is {image.shape[:2]} (h, w), the manifest says {source}: prepare it again")
     fit = resized(np.array(source[0]), np.array(source[1]), image_size, spec.resize)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import pyarrow as pa
 from pyarrow import fs
 
-from ray_det.retry import patiently
+from ray_det.retry import PATIENCE_S, patiently
+from ray_det.storage import Folder
 from ray_det.types import UserError
+
+T = TypeVar("T")
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
 
 
 class Stat(NamedTuple):
@@ -73,11 +82,11 @@ def open_binary(path: str) -> Any:
     return filesystem.open_input_file(inner)
 
 
-def read_bytes(path: str, patience_s: float = 0.0) -> bytes:
+def read_bytes(path: str, patience_s: float = PATIENCE_S) -> bytes:
     """Content of a file.
 
     Args:
-        patience_s: seconds for which a storage may be out of reach.
+        patience_s: seconds for which a remote storage may be out of reach.
 
     Raises:
         UserError: it cannot be read.
@@ -88,11 +97,108 @@ def read_bytes(path: str, patience_s: float = 0.0) -> bytes:
             return file.read()
 
     try:
-        return patiently(read, patience_s=patience_s)
+        return _patiently(path, read, patience_s)
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+
+
+def _patiently(path: str, call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    """A local disk is not waited for."""
+    return patiently(call, patience_s=patience_s if has_scheme(path) else 0)
+
+
+def read_text(path: str) -> str:
+    """Content of a text file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_all(paths: list[str]) -> list[bytes | None]:
+    """Contents of many small files, None where there is none."""
+
+    def read(path: str) -> bytes | None:
+        def content() -> bytes:
+            with open_binary(path) as file:
+                return file.read()
+
+        try:
+            return _patiently(path, content)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(read, paths))
+
+
+def listing(folder: str) -> list[str]:
+    """Paths of all files in a folder, at any depth, relative to it and sorted; none where there is no folder.
+
+    On a local disk symbolic links to folders are not followed: they may go in circles.
+    """
+    if not has_scheme(folder):
+        found = [os.path.join(base, name) for base, _, names in os.walk(folder) for name in names]
+        return sorted(os.path.relpath(path, folder) for path in found if os.path.isfile(path))
+    filesystem, path = resolve(folder)
+    try:
+        selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+        infos = _patiently(folder, lambda: filesystem.get_file_info(selector))
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {_one_line(error)}") from error
+    return sorted(posixpath.relpath(info.path, path) for info in infos if info.type == fs.FileType.File)
+
+
+def images(names: list[str]) -> list[str]:
+    """Those of the names that may be images, by their suffix."""
+    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+
+
+@lru_cache(maxsize=64)
+def _opened(path: str) -> pa.NativeFile:
+    filesystem, inner = resolve(path) if has_scheme(path) else (fs.LocalFileSystem(), path)
+    return filesystem.open_input_file(inner)
+
+
+def read_range(path: str, offset: int, length: int, patience_s: float = PATIENCE_S) -> bytes:
+    """Exactly `length` bytes of a file, by one request; the file stays open in this process. Threads may share it.
+
+    Args:
+        patience_s: seconds for which a remote storage may be out of reach.
+
+    Raises:
+        UserError: it cannot be read, or ends before.
+    """
+    try:
+        content = _patiently(path, lambda: _opened(path).read_at(length, offset), patience_s)
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+    if len(content) != length:
+        raise UserError(f"{path} is damaged: it ends before byte {offset + length}")
+    return content
+
+
+@contextmanager
+def writing(path: str) -> Iterator[Path]:
+    """A temporary local file that becomes `path`, local or a URI, when the block ends well: nobody sees half a file."""
+    if not has_scheme(path):
+        with replacing(Path(path)) as temporary:
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory(prefix="ray_det_") as scratch:
+        temporary = Path(scratch) / path.rsplit("/", 1)[1]
+        yield temporary
+        Folder.at(parent(path)).upload(temporary, temporary.name)
 
 
 @contextmanager
@@ -110,27 +216,42 @@ def replacing(path: Path) -> Iterator[Path]:
 def stats(root: str, names: list[str]) -> list[Stat | None]:
     """Size and time of change of every file under `root`, None where there is none. Remote folders are listed once."""
     if not has_scheme(root):
-        return [_stat(i) for i in fs.LocalFileSystem().get_file_info([join(root, n) for n in names])]
+        return [_local_stat(join(root, name)) for name in names]
     filesystem, base = resolve(root)
     paths = [posixpath.normpath(f"{base}/{name}") for name in names]
     found: dict[str, Stat | None] = {}
     try:
         for folder in sorted({parent(path) for path in paths}):
-            listing = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+            selector = fs.FileSelector(folder, allow_not_found=True)
+            listing = _patiently(root, partial(filesystem.get_file_info, selector))
             found |= {info.path: _stat(info) for info in listing}
     except OSError as error:
         raise UserError(f"cannot list {root}: {_one_line(error)}") from error
     return [found.get(path) for path in paths]
 
 
-def is_file(path: str) -> bool:
-    if not has_scheme(path):
-        return os.path.isfile(path)
-    filesystem, inner = resolve(path)
+def _local_stat(path: str) -> Stat | None:
     try:
-        return _stat(filesystem.get_file_info([inner])[0]) is not None
+        found = os.stat(path)
+    except (OSError, ValueError):  # of all kinds: a name may be too long, or go through a file
+        return None
+    return Stat(found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+def is_file(path: str) -> bool:
+    return _kind(path) == fs.FileType.File if has_scheme(path) else os.path.isfile(path)
+
+
+def is_folder(path: str) -> bool:
+    return _kind(path) == fs.FileType.Directory if has_scheme(path) else os.path.isdir(path)
+
+
+def _kind(uri: str) -> fs.FileType:
+    filesystem, path = resolve(uri)
+    try:
+        return filesystem.get_file_info([path])[0].type
     except OSError as error:
-        raise UserError(f"cannot reach {path}: {_one_line(error)}") from error
+        raise UserError(f"cannot reach {uri}: {_one_line(error)}") from error
 
 
 def _stat(info: fs.FileInfo) -> Stat | None:

@@ -8,12 +8,12 @@ Shape legend: R rows, M annotations.
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +22,11 @@ import pyarrow.parquet as pq
 
 from ray_det.data import files
 from ray_det.data.checks import Checked
+from ray_det.data.digest import digest
+from ray_det.retry import PATIENCE_S
 from ray_det.types import ClassList, UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of columns and metadata; a cached manifest of another version is made anew."""
 
 SCHEMA = pa.schema(
@@ -44,9 +46,39 @@ SCHEMA = pa.schema(
         ("iscrowd", pa.list_(pa.int8())),
         ("box_ok", pa.list_(pa.bool_())),  # usable as a training target, if its image is trainable
         ("positions", pa.list_(pa.int64())),  # index among the JSON's annotations
+        ("shard", pa.string()),  # the file under `shards` that the image is packed in, null where it is not
+        ("offset", pa.int64()),  # its first byte there
+        ("length", pa.int64()),  # bytes of the image; null where it is not known
     ]
 )
+_HASHED = 1
+"""Version of what the hash covers: a change makes every running experiment see other data."""
+PLACE = ("shard", "offset", "length")
+"""Where the bytes are. Not part of the hash: packing leaves the data what it was."""
+_PROSE = ("problem",)
 _METADATA_KEY = b"ray_det.manifest"
+
+
+class Place(NamedTuple):
+    """Where the bytes of an image are: a file of their own, or a part of a shard file."""
+
+    uri: str
+    shard: str | None
+    offset: int | None
+    length: int | None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.uri if self.shard is None else f"{self.uri} (byte {self.offset} of {self.shard})"
+
+    def read(self, patience_s: float = PATIENCE_S) -> bytes:
+        """Raises:
+        UserError: it cannot be read, or the shard is too short.
+        """
+        if self.shard is None or self.offset is None or self.length is None:
+            return files.read_bytes(self.uri, patience_s)
+        return files.read_range(self.shard, self.offset, self.length, patience_s)
 
 
 @dataclass(frozen=True)
@@ -56,12 +88,17 @@ class Manifest:
     root: str  # of the uris: an absolute local path or a URI
     source: str  # the JSON it was made of
     hash: str  # hex, of rows and classes: a data set that moves keeps it
+    shards: str | None = None  # root of the shard files, as `root`; None where nothing is packed
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def uri(self, row: int) -> str:
         return files.join(self.root, self.table["uri"][row].as_py())
+
+    def place(self, row: int) -> Place:
+        shard, offset, length = (self.table[name][row].as_py() for name in PLACE)
+        return Place(self.uri(row), shard and files.join(self.shards or "", shard), offset, length)
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -80,7 +117,7 @@ class Manifest:
         Defects, crowds and images that cannot be read are part of it. Gone are annotations of unknown images or
         categories, which those tools ignore too.
         """
-        lengths = _lengths(self.table["annotation_ids"].combine_chunks()).to_numpy()
+        lengths = pc.call_function("list_value_length", [self.table["annotation_ids"].combine_chunks()]).to_numpy()
         category_ids = np.array(self.classes.category_ids)[_flat(self.table, "labels").to_numpy()]
         columns = {
             "id": _flat(self.table, "annotation_ids").to_pylist(),
@@ -101,8 +138,8 @@ class Manifest:
         }
 
 
-def build(checked: Checked, root: str) -> Manifest:
-    """The manifest of a checked COCO file whose images lie under `root`."""
+def build(checked: Checked, root: str, lengths: Sequence[int | None] | None = None) -> Manifest:
+    """The manifest of a checked COCO file whose images lie under `root`; `lengths`: bytes of each entry's file."""
     data, entries_R = checked.data, checked.entries_R
     kept_M = np.flatnonzero((checked.rows_M >= 0) & (checked.labels_M >= 0))
     kept_M = kept_M[np.argsort(checked.rows_M[kept_M], kind="stable")]
@@ -126,6 +163,9 @@ def build(checked: Checked, root: str) -> Manifest:
         "trainable": checked.trainable_I[entries_R],
         "problem": [_problem(checked, int(i)) for i in entries_R],
         "orientation": [checked.headers[i].orientation for i in entries_R],
+        "shard": [None] * len(entries_R),
+        "offset": [None] * len(entries_R),
+        "length": [lengths and lengths[i] for i in entries_R],
     }
     columns = [
         pa.array(per_image[f.name], f.type) if f.name in per_image else _lists(offsets, per_box[f.name], f.type)
@@ -136,18 +176,13 @@ def build(checked: Checked, root: str) -> Manifest:
 
 
 def content_hash(table: pa.Table, classes: ClassList) -> str:
-    """sha256 of classes and rows; `problem` is left out, it is prose."""
-    digest = hashlib.sha256(json.dumps([FORMAT, classes.to_json()]).encode())
-    for name in table.column_names:
-        if name != "problem":
-            digest.update(f"{name}\0".encode())
-            _update(digest, table[name].combine_chunks())
-    return digest.hexdigest()
+    """sha256 of classes and rows, but for prose and for where the images are."""
+    names = [name for name in table.column_names if name not in (*_PROSE, *PLACE)]
+    return digest([_HASHED, classes.to_json()], table, names)
 
 
 def write_manifest(manifest: Manifest, path: str | Path) -> None:
-    """Write a Parquet file in one move: nobody sees half of it."""
-    path = Path(path)
+    """Write a Parquet file, local or at a URI, in one move: nobody sees half of it."""
     about = {
         "format": FORMAT,
         "classes": manifest.classes.to_json(),
@@ -155,9 +190,11 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
         "root": manifest.root,
         "source": manifest.source,
         "hash": manifest.hash,
+        "shards": manifest.shards,
+        "places": digest([manifest.shards], manifest.table, PLACE),
     }
     table = manifest.table.replace_schema_metadata({_METADATA_KEY: json.dumps(about)})
-    with files.replacing(path) as temporary:
+    with files.writing(str(path)) as temporary:
         pq.write_table(table, temporary)
 
 
@@ -173,24 +210,22 @@ def read_manifest(path: str | Path) -> Manifest:
             raise UserError(f"{path} is a manifest of version {about['format']}, not {FORMAT}: prepare it again")
         table = table.replace_schema_metadata(None)
         classes = ClassList.from_json(about["classes"])
-        intact = table.schema.equals(SCHEMA) and content_hash(table, classes) == about["hash"]
+        intact = (
+            table.schema.equals(SCHEMA)
+            and content_hash(table, classes) == about["hash"]
+            and digest([about["shards"]], table, PLACE) == about["places"]
+        )
     except (OSError, ValueError, KeyError) as error:
         what = "is not a manifest" if isinstance(error, KeyError) else f"cannot be read as a manifest ({error})"
         raise UserError(f"{path} {what}: " + "write one with jobs/prepare.py") from error
     if not intact:
         raise UserError(f"{path} is a damaged manifest: its content does not fit its hash")
-    return Manifest(table, classes, about["root"], about["source"], about["hash"])
+    return Manifest(table, classes, about["root"], about["source"], about["hash"], about["shards"])
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:
     """The values of a list column, one after the other."""
     return table[name].combine_chunks().flatten()
-
-
-def _lengths(array: pa.Array) -> pa.Array:
-    """Length of every list, or bytes of every string."""
-    name = "binary_length" if pa.types.is_string(array.type) else "list_value_length"
-    return pc.call_function(name, [array])
 
 
 def _lists(offsets: np.ndarray, values: np.ndarray | pa.Array, kind: pa.DataType) -> pa.Array:
@@ -209,17 +244,3 @@ def _problem(checked: Checked, entry: int) -> str | None:
         if checked.image_marks[kind][entry]:
             return text
     return "several files share this image id"
-
-
-def _update(digest: Any, array: pa.Array) -> None:
-    """Feed lengths and values, whatever the nesting and the offsets of the buffers."""
-    if pa.types.is_list(array.type):
-        _update(digest, _lengths(array))
-        array = array.flatten()
-    if pa.types.is_fixed_size_list(array.type):
-        array = array.flatten()
-    if pa.types.is_string(array.type):
-        _update(digest, _lengths(array))
-        digest.update("".join(array.to_pylist()).encode())
-    else:
-        digest.update(array.to_numpy(zero_copy_only=False).tobytes())

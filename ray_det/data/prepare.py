@@ -1,22 +1,27 @@
-"""From a COCO JSON to a manifest: preflight, build, cache by content."""
+"""From annotations to a manifest: preflight, build, cache by content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import posixpath
 from dataclasses import replace
 from pathlib import Path
 
-from ray_det.data import coco, files, manifest
+import numpy as np
+
+from ray_det.data import files, manifest, sources
+from ray_det.data.classes import Selection, select
+from ray_det.data.coco import CocoData
+from ray_det.data.files import Stat
 from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
 from ray_det.data.preflight import KINDS, WHERE, PreflightReport, inspect
 from ray_det.types import ClassList, UserError
 
+ALL_CLASSES = Selection()
 _LOOKED_FOR = 100
 """Images that are looked for under a candidate root: the first ones may be the missing ones."""
-_FORMAT = f"prepare 1, manifest {manifest.FORMAT}"
+_FORMAT = f"prepare 2, manifest {manifest.FORMAT}"
 
 
 def prepare(
@@ -24,33 +29,39 @@ def prepare(
     images: str | None,
     cache: Path,
     *,
+    split: str = "train",
+    selection: Selection = ALL_CLASSES,
     strict: bool = False,
     map_chunks: MapChunks = map_in_threads,
 ) -> tuple[Manifest, PreflightReport | None]:
-    """The manifest of a COCO JSON, from the cache where JSON and images are what they were, or of a manifest file.
+    """The manifest of a data set, from the cache where annotations and images are what they were, or of a file.
 
     Args:
-        source: a COCO JSON or a manifest (.parquet).
-        images: the root of `file_name`; None looks for it beside the JSON.
+        source: what `sources.read` takes, or a manifest (.parquet).
+        images: the root of `file_name`; None looks for it in the usual places.
         cache: folder of prepared manifests.
+        split: the entry of a YOLO data.yaml.
+        selection: which classes are used; a manifest has made its choice already.
         strict: refuse a data set with any error.
 
     Returns:
-        The manifest, and the preflight's report where the source is a JSON.
+        The manifest, and the preflight's report where the source is no manifest.
 
     Raises:
-        UserError: no such file, a broken one, a data set without images, no image found, or refused by `strict`.
+        UserError: no such file, a broken one, a data set without images, no image found, a class that is not there, or
+            refused by `strict`.
     """
-    if source.endswith(".parquet"):
+    if is_manifest(source):
+        if selection:
+            raise UserError(f"{source} is a manifest: give classes and rename to jobs/prepare.py, which makes it")
         return read_manifest(source), None
-    content = files.read_bytes(source)
-    data = coco.parse(content, source)
-    root = find_root(data, images)
-    key = _cache_key(content, data, root)
+    data, root = _read(source, images, split, selection)
+    stats = _stats(data, root)
+    key = _cache_key(data, root, stats)
     table_path, report_path = cache / f"{key}.parquet", cache / f"{key}.preflight.json"
     made = _cached(table_path, report_path, source)
     if made is None:
-        made = _make(data, root, map_chunks)
+        made = _make(data, root, stats, map_chunks)
         write_report(made[1], report_path)
         write_manifest(made[0], table_path)  # last: its presence says that both are there
     if strict:
@@ -58,27 +69,53 @@ def prepare(
     return made
 
 
-def make(source: str, images: str | None, map_chunks: MapChunks = map_in_threads) -> tuple[Manifest, PreflightReport]:
-    """Manifest and report of a COCO JSON, without a cache.
+def make(
+    source: str,
+    images: str | None,
+    map_chunks: MapChunks = map_in_threads,
+    *,
+    split: str = "train",
+    selection: Selection = ALL_CLASSES,
+) -> tuple[Manifest, PreflightReport]:
+    """Manifest and report of a data set, without a cache.
 
     Raises:
         UserError: as `prepare`.
     """
-    data = coco.parse(files.read_bytes(source), source)
-    return _make(data, find_root(data, images), map_chunks)
+    data, root = _read(source, images, split, selection)
+    return _make(data, root, _stats(data, root), map_chunks)
 
 
-def _make(data: coco.CocoData, root: str, map_chunks: MapChunks) -> tuple[Manifest, PreflightReport]:
+def is_manifest(source: str) -> bool:
+    return source.endswith(".parquet")
+
+
+def _read(source: str, images: str | None, split: str, selection: Selection) -> tuple[CocoData, str]:
+    """The chosen annotations and the root of their images."""
+    data, roots = sources.read(source, split)
+    return select(data, selection), files.absolute(images) if images is not None else find_root(data, roots)
+
+
+def _stats(data: CocoData, root: str) -> list[Stat | None]:
+    """Of every image, None where there is none; of names that the preflight refuses too."""
+    safe = [name for name in data.file_names if not leaves_root(name)]
+    found = dict(zip(safe, files.stats(root, safe), strict=True))
+    return [found.get(name) for name in data.file_names]
+
+
+def _make(
+    data: CocoData, root: str, stats: list[Stat | None], map_chunks: MapChunks
+) -> tuple[Manifest, PreflightReport]:
     checked, report = inspect(data, root, map_chunks)
-    return manifest.build(checked, root), report
+    return manifest.build(checked, root, [stat and stat.size for stat in stats]), report
 
 
-def write_report(report: PreflightReport, path: Path) -> None:
-    with files.replacing(path) as temporary:
+def write_report(report: PreflightReport, path: str | Path) -> None:
+    with files.writing(str(path)) as temporary:
         temporary.write_text(json.dumps(report.to_json(), indent=1))
 
 
-def refuse_errors(report: PreflightReport, listed: Path) -> None:
+def refuse_errors(report: PreflightReport, listed: str | Path) -> None:
     """Raises:
     UserError: the preflight found an error; `listed` is the file that lists them all.
     """
@@ -90,15 +127,12 @@ def refuse_errors(report: PreflightReport, listed: Path) -> None:
         )
 
 
-def find_root(data: coco.CocoData, images: str | None) -> str:
-    """The root of `file_name`: `images`, or the first usual place beside the JSON that holds one of the first images.
+def find_root(data: CocoData, candidates: list[str]) -> str:
+    """The first of the candidates that holds one of the first images.
 
     Raises:
         UserError: none of them does.
     """
-    if images is not None:
-        return files.absolute(images)
-    candidates = _usual_roots(files.absolute(data.source))
     for name in data.file_names[:_LOOKED_FOR]:
         if leaves_root(name):
             return candidates[0]  # the preflight refuses it, and says why
@@ -111,19 +145,13 @@ def find_root(data: coco.CocoData, images: str | None) -> str:
     )
 
 
-def _usual_roots(source: str) -> list[str]:
-    folder, stem = files.parent(source), posixpath.basename(source).removesuffix(".json")
-    # COCO's own layout: annotations/instances_val2017.json beside val2017/
-    official = f"{files.parent(folder)}/{stem.rsplit('_', 1)[-1]}"
-    return [f"{folder}/images", folder, official, f"{folder}/{stem}"]
-
-
-def _cache_key(content: bytes, data: coco.CocoData, root: str) -> str:
-    """Changes with the JSON, the root, and any image that changes, comes or goes."""
-    digest = hashlib.sha256(f"{_FORMAT}\0{root}\0".encode() + hashlib.sha256(content).digest())
-    safe = [name for name in data.file_names if not leaves_root(name)]
-    for name, stat in zip(safe, files.stats(root, safe), strict=True):
-        digest.update(f"{name}\0{stat and tuple(stat)}\0".encode())
+def _cache_key(data: CocoData, root: str, stats: list[Stat | None]) -> str:
+    """Changes with what is read of the annotations, the root, and any image that changes, comes or goes."""
+    about = [_FORMAT, root, data.relative, data.file_names, data.classes.to_json(), stats]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for column in vars(data).values():
+        if isinstance(column, np.ndarray):
+            digest.update(f"{column.shape}\0".encode() + column.tobytes())
     return digest.hexdigest()[:32]
 
 

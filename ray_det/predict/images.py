@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import glob
 import json
-import posixpath
 from pathlib import Path
-
-from pyarrow import fs
 
 from ray_det.data import files
 from ray_det.data.coco import parse
 from ray_det.data.manifest import Manifest, build
 from ray_det.data.preflight import inspect
 from ray_det.types import ClassList, UserError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
 
 
 def image_manifest(source: str, classes: ClassList, ids_from: str | None = None) -> Manifest:
@@ -29,7 +24,7 @@ def image_manifest(source: str, classes: ClassList, ids_from: str | None = None)
     """
     root, names = _find(source)
     if not names:
-        raise UserError(f"no images at {source}: looked for {', '.join(SUFFIXES)}")
+        raise UserError(f"no images at {source}: looked for {', '.join(files.IMAGE_SUFFIXES)}")
     ids = _ids(names, ids_from) if ids_from else range(1, len(names) + 1)
     document = {
         "images": [{"id": i, "file_name": name} for i, name in zip(ids, names, strict=True)],
@@ -43,23 +38,16 @@ def image_manifest(source: str, classes: ClassList, ids_from: str | None = None)
 def _find(source: str) -> tuple[str, list[str]]:
     """(root, sorted names under it)."""
     if files.has_scheme(source) and not source.startswith("file://"):
-        filesystem, path = files.resolve(source)
-        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-        names = [posixpath.relpath(i.path, path) for i in found if i.type == fs.FileType.File]
-        return source.rstrip("/"), _images(names)
+        return source.rstrip("/"), files.images(files.listing(source.rstrip("/")))
     path = Path(files.absolute(source))
     if path.is_dir():
-        return str(path), _images([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
+        return str(path), files.images(files.listing(str(path)))
     if path.is_file():
         return str(path.parent), [path.name]
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
     base = Path(str(path).split("*")[0].split("?")[0].split("[")[0])
     root = base if base.is_dir() else base.parent
-    return str(root), _images([m.relative_to(root).as_posix() for m in matches if m.is_file()])
-
-
-def _images(names: list[str]) -> list[str]:
-    return sorted(name for name in names if name.lower().endswith(SUFFIXES))
+    return str(root), files.images(sorted(m.relative_to(root).as_posix() for m in matches if m.is_file()))
 
 
 def _ids(names: list[str], ids_from: str) -> list[int]:

@@ -8,20 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ray_det.cli import to_yaml
 from ray_det.config import DatasetConfig, TrainJobConfig, changed_keys, micro_batches
 from ray_det.data import embedded
+from ray_det.data.classes import Selection
 from ray_det.data.headers import MapChunks
 from ray_det.data.manifest import Manifest, write_manifest
 from ray_det.data.preflight import require_trainable
 from ray_det.data.prepare import prepare, same_classes
+from ray_det.data.twins import find_twins
 from ray_det.storage import Folder
 from ray_det.train.job import Job
 from ray_det.types import UserError
 
-MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps")
-"""What a run may be continued with differently: nothing here touches what is learned."""
 SPLITS = ("train", "val", "test")
+PLACES = tuple(f"data.{name}:" for name in (*SPLITS, "images"))
+"""Where the data is: what it holds is compared by its hash."""
+MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps", *PLACES)
+"""What a run may be continued with differently: nothing here touches what is learned."""
 
 
 def cache_folder(storage: str) -> Path:
@@ -82,14 +88,34 @@ def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: M
         if source is None:
             continue
         cache = cache_folder(config.storage) / "manifests"
-        manifest, report = prepare(source, config.data.images, cache, strict=config.data.strict, map_chunks=map_chunks)
+        manifest, report = prepare(
+            source,
+            config.data.images,
+            cache,
+            split=split,
+            selection=Selection(config.data.classes, config.data.rename),
+            strict=config.data.strict,
+            map_chunks=map_chunks,
+        )
         say(f"{split}: {report.table() if report and report.notable else _one_line(source, manifest)}")
         manifests[split] = manifest
         if split == "train":
             require_trainable(manifest)
         else:
             same_classes(manifests["train"], manifest)
+    _check_twins(config, manifests, say)
     return manifests
+
+
+def _check_twins(config: TrainJobConfig, manifests: dict[str, Manifest], say: Callable[[str], None]) -> None:
+    """Say which images are in two splits, or refuse them as strict."""
+    twins, path = find_twins(manifests, cache_folder(config.storage) / "manifests")
+    if not twins:
+        return
+    text = f"{len(twins)} images are in two splits (for example {'; '.join(map(str, twins[:3]))}); listed in {path}"
+    if config.data.strict:
+        raise UserError(f"refused as strict: {text}")
+    say(f"warning: {text}")
 
 
 def _one_line(source: str, manifest: Manifest) -> str:
@@ -115,8 +141,12 @@ def _resolved(config: TrainJobConfig, known: dict[str, Any] | None) -> TrainJobC
 
 
 def _refuse_changes(config: TrainJobConfig, hashes: dict[str, str], known: dict[str, Any], run: Folder) -> None:
-    new = config.model_dump(mode="json")
-    lines = [line for line in changed_keys(known["config"], new) if not line.startswith(MAY_CHANGE)]
+    new, old = config.model_dump(mode="json"), known["config"]
+    try:  # fields that an earlier version did not have get their defaults
+        old = TrainJobConfig.model_validate(old).model_dump(mode="json")
+    except ValidationError:
+        pass
+    lines = [line for line in changed_keys(old, new) if not line.startswith(MAY_CHANGE)]
     if config.train.epochs > known["config"]["train"]["epochs"]:
         lines = [line for line in lines if not line.startswith("train.epochs:")]
     lines += [f"data of {line}" for line in changed_keys(known["data_hashes"], hashes)]

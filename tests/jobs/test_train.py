@@ -105,6 +105,32 @@ def test_eval_predict_pycocotools_and_python_agree(run, small_coco, tmp_path):
         assert np.allclose([d["score"] for d in there], here.scores_N, atol=1e-4)
 
 
+def test_eval_uses_the_classes_of_training(run, small_coco, tmp_path, capfd):
+    """Another data set's names fit by the checkpoint's own renaming, or by one given to eval.
+
+    Where the classes fit, what is refused is the number of workers.
+    """
+    document = json.loads(small_coco["val"].read_text())
+    document["categories"][0]["name"] = "circle"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document))
+    shutil.copytree(run / "best", tmp_path / "renaming")
+    state = json.loads((tmp_path / "renaming" / "state.json").read_text())
+    state["config"]["data"] |= {"classes": ["triangle", "disc", "box"], "rename": {"circle": "disc"}}
+    (tmp_path / "renaming" / "state.json").write_text(json.dumps(state))
+
+    def refused(checkpoint: Path, *more: str) -> str:
+        data = ("--data.val", other, "--data.images", small_coco["val"].parent / "images")
+        more = ("--output", str(tmp_path / "e"), "--workers.num", "64", *more)
+        assert run_job("eval", "--checkpoint", checkpoint, *data, *more) == 2
+        return capfd.readouterr().err
+
+    assert "id 1: disc / circle" in refused(run)
+    assert "no room for 64 workers" in refused(run, "--data.rename", '{"circle": "disc"}')
+    assert "no room for 64 workers" in refused(tmp_path / "renaming")
+    assert "has no class 'disc'" in refused(tmp_path / "renaming", "--data.rename", "{}")
+
+
 def test_a_finished_run_says_so_and_a_changed_one_is_refused(run, small_coco, capfd):
     assert train(small_coco, run.parent) == 0
     assert "is finished" in capfd.readouterr().out

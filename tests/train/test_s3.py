@@ -14,17 +14,10 @@ import pytest
 from ray_det.storage import Folder
 from tests.jobs.run import JOBS
 from tests.ranks import ROOT
-from tests.s3 import s3_server
 from tests.train.disturb import STEPS, config, require_same, write
 from tests.train.runner import run_alone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with s3_server(tmp_path_factory.mktemp("s3") / "server") as running:
-        yield running
 
 
 def remote(small_coco: dict[str, Path], name: str, **workers: Any) -> dict[str, Any]:
@@ -49,12 +42,12 @@ def wait_for_line(driver: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"ended without {text!r}")
 
 
-def test_an_outage_of_20_s_changes_nothing(server, small_coco, tmp_path):
+def test_an_outage_of_20_s_changes_nothing(s3, small_coco, tmp_path):
     undisturbed = run_alone({"config": config(small_coco, tmp_path / "undisturbed"), "world": 1})
     driver = start(remote(small_coco, "run"), tmp_path / "config")
     wait_for_line(driver, "epoch 1/4: loss")
-    server.stop()
-    timer = threading.Timer(20, server.start)
+    s3.stop()
+    timer = threading.Timer(20, s3.start)
     timer.start()
     output, errors = driver.communicate(timeout=300)
     timer.join()
@@ -64,13 +57,13 @@ def test_an_outage_of_20_s_changes_nothing(server, small_coco, tmp_path):
     require_same(tmp_path / "run", undisturbed)
 
 
-def test_an_outage_for_good_ends_the_run_with_one_line(server, small_coco, tmp_path):
+def test_an_outage_for_good_ends_the_run_with_one_line(s3, small_coco, tmp_path):
     driver = start(remote(small_coco, "ends", storage_timeout_s=5), tmp_path / "config")
     wait_for_line(driver, "epoch 1/4: loss")
-    server.stop()
+    s3.stop()
     began = time.monotonic()
     _, errors = driver.communicate(timeout=120)
-    server.start()
+    s3.start()
     assert driver.returncode == 1, errors
     assert errors.splitlines()[-1].startswith("error: cannot ") and "s3://bucket/" in errors.splitlines()[-1]
     assert time.monotonic() - began < 100
