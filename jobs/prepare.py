@@ -13,10 +13,11 @@ from pathlib import Path
 from pydantic import Field
 
 from ray_det import cli
-from ray_det.config import Section, WorkersConfig
+from ray_det.config import MaxBytes, MaxPixels, Section, WorkersConfig
 from ray_det.data.headers import Header, HeaderChunk
 from ray_det.data.manifest import write_manifest
 from ray_det.data.prepare import make, refuse_errors, write_report
+from ray_det.types import DEFAULT_LIMITS, ImageLimits
 
 
 class PrepareConfig(Section):
@@ -25,6 +26,8 @@ class PrepareConfig(Section):
         default=None, description="root of every `file_name` (folder or URI); default: beside the JSON"
     )
     output: str = Field(description="folder that gets manifest.parquet and preflight.json")
+    max_pixels: MaxPixels = DEFAULT_LIMITS.pixels
+    max_bytes: MaxBytes = DEFAULT_LIMITS.bytes
     strict: bool = Field(default=False, description="fail when any error is found, and write no manifest")
 
 
@@ -38,7 +41,7 @@ def map_chunks(function: Callable[[HeaderChunk], list[Header]], chunks: list[Hea
 def main() -> None:
     config, _ = cli.parse(PrepareConfig, sys.argv[1:], description="Check a COCO data set and write its manifest.")
     output = Path(config.output)
-    manifest, report = make(config.source, config.images, map_chunks)
+    manifest, report = make(config.source, config.images, map_chunks, ImageLimits(config.max_pixels, config.max_bytes))
     print(report.table())
     write_report(report, output / "preflight.json")
     if config.strict:

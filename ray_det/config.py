@@ -10,9 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ray_det.types import DEFAULT_LIMITS, ImageLimits
+
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+MaxPixels = Annotated[
+    int, Field(ge=1, le=178_956_970, description="pixels of the largest image that is decoded; larger are unreadable")
+]
+"""Above Pillow's own guard there is no reading of anything but JPEG."""
+MaxBytes = Annotated[int, Field(ge=1, description="bytes of the largest image file that is read")]
 
 
 class Section(BaseModel):
@@ -48,7 +55,21 @@ class DatasetConfig(Section):
         default="wrap",
         description="an epoch's last, short global batch: filled with images from its start, or left out",
     )
+    max_pixels: MaxPixels = DEFAULT_LIMITS.pixels
+    max_bytes: MaxBytes = DEFAULT_LIMITS.bytes
+    on_bad_image: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="what an image does that the preflight passed and that cannot be decoded when it is loaded: end "
+        "the run, or be replaced by a blank one without boxes",
+    )
+    max_skipped_share: Share = Field(
+        default=0.01, description="share of images replaced so, of an epoch's or of all so far, above which runs end"
+    )
     strict: bool = Field(default=False, description="refuse a data set in which the preflight finds any error")
+
+    @property
+    def limits(self) -> ImageLimits:
+        return ImageLimits(self.max_pixels, self.max_bytes)
 
 
 class AugmentConfig(Section):

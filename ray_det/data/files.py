@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,10 @@ from typing import Any, NamedTuple
 from pyarrow import fs
 
 from ray_det.types import UserError
+
+
+class OverLimitError(ValueError):
+    """A file is, or claims, more than the limits allow."""
 
 
 class Stat(NamedTuple):
@@ -32,8 +37,40 @@ def absolute(path: str) -> str:
 
 
 def join(root: str, name: str) -> str:
-    """`name` under `root`, or `name` alone where it is absolute or a URI."""
-    return name if name.startswith("/") or has_scheme(name) else f"{root.rstrip('/')}/{name}"
+    """`name` under `root`, which it must not leave: see `leaves_root`."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+def leaves_root(name: str) -> str | None:
+    """Why a name may not be joined to a root, or None. Symbolic links are seen by `is_outside`."""
+    if "\0" in name:
+        return "it has a NUL character"
+    if "\\" in name:
+        return "it has a backslash (COCO separates folders by '/')"
+    if has_scheme(name) or re.match(r"[A-Za-z]+:/", name):
+        return "it is a URL"
+    if posixpath.isabs(name):
+        return "it is an absolute path"
+    if ".." in name.split("/"):
+        return "it has '..'"
+    return None
+
+
+def require_inside(root: str, names: Iterable[str]) -> None:
+    """Raises:
+    UserError: a name leaves the root.
+    """
+    for name in names:
+        if why := leaves_root(name):
+            raise UserError(f"file_name {name!r} is refused: {why}; it must name a file under {root}")
+
+
+def is_outside(path: str, root: str) -> bool:
+    """Whether a symbolic link leads from under a root out of it; always False for URIs, which have none."""
+    if has_scheme(root):
+        return False
+    real = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(path), real]) != real
 
 
 def parent(path: str) -> str:
@@ -72,18 +109,40 @@ def open_binary(path: str) -> Any:
     return filesystem.open_input_file(inner)
 
 
-def read_bytes(path: str) -> bytes:
-    """Content of a file.
+def open_bounded(path: str, max_bytes: int) -> Any:
+    """As `open_binary`, for a file from somewhere: a plain one, not a device or a pipe, of at most so many bytes.
 
     Raises:
-        UserError: it cannot be read.
+        OSError: as above, or it is no plain file.
+        OverLimitError: it is larger.
+    """
+    if not has_scheme(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a plain file")
+    file = open_binary(path)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if size > max_bytes:
+        file.close()
+        raise too_large(size, max_bytes)
+    return file
+
+
+def too_large(size: int, max_bytes: int) -> OverLimitError:
+    return OverLimitError(f"{size} bytes are more than max_bytes {max_bytes}")
+
+
+def read_bytes(path: str, max_bytes: int | None = None) -> bytes:
+    """Content of a file; with `max_bytes` of a plain one of at most so many bytes.
+
+    Raises:
+        UserError: it cannot be read, or is larger.
     """
     try:
-        with open_binary(path) as file:
+        with open_binary(path) if max_bytes is None else open_bounded(path, max_bytes) as file:
             return file.read()
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path too
         raise UserError(f"cannot read {path}: {_one_line(error)}") from error
 
 

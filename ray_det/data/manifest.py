@@ -179,6 +179,7 @@ def read_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{path} {what}: " + "write one with jobs/prepare.py") from error
     if not intact:
         raise UserError(f"{path} is a damaged manifest: its content does not fit its hash")
+    files.require_inside(about["root"], table["uri"].to_pylist())
     return Manifest(table, classes, about["root"], about["source"], about["hash"])
 
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray_det.data import coco, files, manifest
-from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
+from ray_det.data.headers import MapChunks, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
 from ray_det.data.preflight import KINDS, WHERE, PreflightReport, inspect
-from ray_det.types import ClassList, UserError
+from ray_det.types import DEFAULT_LIMITS, ClassList, ImageLimits, UserError
 
 _LOOKED_FOR = 100
 """Images that are looked for under a candidate root: the first ones may be the missing ones."""
-_FORMAT = f"prepare 1, manifest {manifest.FORMAT}"
+_FORMAT = f"prepare 2, manifest {manifest.FORMAT}"
 
 
 def prepare(
@@ -25,6 +25,7 @@ def prepare(
     cache: Path,
     *,
     strict: bool = False,
+    limits: ImageLimits = DEFAULT_LIMITS,
     map_chunks: MapChunks = map_in_threads,
 ) -> tuple[Manifest, PreflightReport | None]:
     """The manifest of a COCO JSON, from the cache where JSON and images are what they were, or of a manifest file.
@@ -34,6 +35,7 @@ def prepare(
         images: the root of `file_name`; None looks for it beside the JSON.
         cache: folder of prepared manifests.
         strict: refuse a data set with any error.
+        limits: larger image files are unreadable.
 
     Returns:
         The manifest, and the preflight's report where the source is a JSON.
@@ -46,11 +48,11 @@ def prepare(
     content = files.read_bytes(source)
     data = coco.parse(content, source)
     root = find_root(data, images)
-    key = _cache_key(content, data, root)
+    key = _cache_key(content, data, root, limits)
     table_path, report_path = cache / f"{key}.parquet", cache / f"{key}.preflight.json"
     made = _cached(table_path, report_path, source)
     if made is None:
-        made = _make(data, root, map_chunks)
+        made = _make(data, root, map_chunks, limits)
         write_report(made[1], report_path)
         write_manifest(made[0], table_path)  # last: its presence says that both are there
     if strict:
@@ -58,18 +60,25 @@ def prepare(
     return made
 
 
-def make(source: str, images: str | None, map_chunks: MapChunks = map_in_threads) -> tuple[Manifest, PreflightReport]:
+def make(
+    source: str,
+    images: str | None,
+    map_chunks: MapChunks = map_in_threads,
+    limits: ImageLimits = DEFAULT_LIMITS,
+) -> tuple[Manifest, PreflightReport]:
     """Manifest and report of a COCO JSON, without a cache.
 
     Raises:
         UserError: as `prepare`.
     """
     data = coco.parse(files.read_bytes(source), source)
-    return _make(data, find_root(data, images), map_chunks)
+    return _make(data, find_root(data, images), map_chunks, limits)
 
 
-def _make(data: coco.CocoData, root: str, map_chunks: MapChunks) -> tuple[Manifest, PreflightReport]:
-    checked, report = inspect(data, root, map_chunks)
+def _make(
+    data: coco.CocoData, root: str, map_chunks: MapChunks, limits: ImageLimits
+) -> tuple[Manifest, PreflightReport]:
+    checked, report = inspect(data, root, map_chunks, limits)
     return manifest.build(checked, root), report
 
 
@@ -100,7 +109,7 @@ def find_root(data: coco.CocoData, images: str | None) -> str:
         return files.absolute(images)
     candidates = _usual_roots(files.absolute(data.source))
     for name in data.file_names[:_LOOKED_FOR]:
-        if leaves_root(name):
+        if files.leaves_root(name):
             return candidates[0]  # the preflight refuses it, and says why
         for root in candidates:
             if files.is_file(files.join(root, name)):
@@ -118,10 +127,10 @@ def _usual_roots(source: str) -> list[str]:
     return [f"{folder}/images", folder, official, f"{folder}/{stem}"]
 
 
-def _cache_key(content: bytes, data: coco.CocoData, root: str) -> str:
-    """Changes with the JSON, the root, and any image that changes, comes or goes."""
-    digest = hashlib.sha256(f"{_FORMAT}\0{root}\0".encode() + hashlib.sha256(content).digest())
-    safe = [name for name in data.file_names if not leaves_root(name)]
+def _cache_key(content: bytes, data: coco.CocoData, root: str, limits: ImageLimits) -> str:
+    """Changes with the JSON, the root, the limits, and any image that changes, comes or goes."""
+    digest = hashlib.sha256(f"{_FORMAT}\0{root}\0{limits}\0".encode() + hashlib.sha256(content).digest())
+    safe = [name for name in data.file_names if not files.leaves_root(name)]
     for name, stat in zip(safe, files.stats(root, safe), strict=True):
         digest.update(f"{name}\0{stat and tuple(stat)}\0".encode())
     return digest.hexdigest()[:32]

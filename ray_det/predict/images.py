@@ -13,12 +13,14 @@ from ray_det.data import files
 from ray_det.data.coco import parse
 from ray_det.data.manifest import Manifest, build
 from ray_det.data.preflight import inspect
-from ray_det.types import ClassList, UserError
+from ray_det.types import DEFAULT_LIMITS, ClassList, ImageLimits, UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".mpo", ".jp2", ".pgm", ".ppm")
 
 
-def image_manifest(source: str, classes: ClassList, ids_from: str | None = None) -> Manifest:
+def image_manifest(
+    source: str, classes: ClassList, ids_from: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
+) -> Manifest:
     """A manifest of the images that `source` names: a folder (searched in depth), a glob, a file, or a URI of a folder.
 
     Args:
@@ -36,7 +38,7 @@ def image_manifest(source: str, classes: ClassList, ids_from: str | None = None)
         "annotations": [],
         "categories": classes.to_json(),
     }
-    checked, _ = inspect(parse(json.dumps(document).encode(), source), root)
+    checked, _ = inspect(parse(json.dumps(document).encode(), source), root, limits=limits)
     return build(checked, root)
 
 

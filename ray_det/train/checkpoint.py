@@ -47,6 +47,7 @@ class TrainState:
     best_step: int | None = None
     log_lines: int = 0  # lines of metrics.jsonl
     padded_sum: float = 0.0  # padded shares of all steps so far
+    skipped_images: int = 0  # training images so far that could not be loaded and were blank
 
     def next_epoch(self) -> TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)

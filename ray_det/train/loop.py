@@ -26,6 +26,7 @@ from ray_det.train.finish import finish
 from ray_det.train.job import Job
 from ray_det.train.optim import learning_rate, set_learning_rate
 from ray_det.train.session import Runtime, Session, open_session
+from ray_det.train.skipped import note_in_training, skipped_in
 from ray_det.train.step import StepResult, train_step
 from ray_det.types import Stopped, TrainingError
 
@@ -35,7 +36,7 @@ def run(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
 
     Raises:
         Stopped: it was asked to, and a checkpoint of the last step is kept.
-        TrainingError: loss or gradient stayed non-finite.
+        TrainingError: loss or gradient stayed non-finite, or too many images could not be loaded.
         UserError: an input that the preflight could not see to be wrong.
     """
     session = open_session(job, runtime, checkpoint)
@@ -88,6 +89,8 @@ def _train_epoch(session: Session) -> None:
             stop=runtime.stop_asked(),
         )
         _advance(session, plan, step, result)
+        if result.skipped:
+            note_in_training(session, skipped_in(micro))
         now = time.perf_counter()
         _log_step(session, plan, result, rate, seconds=now - mark, wait=wait)
         mark = now

@@ -98,7 +98,8 @@ class Session:
 
     def load_spec(self, *, training: bool) -> LoadSpec:
         data = self.config.data
-        return LoadSpec(data.resize, data.padding, self.config.seed, self.config.augment if training else None)
+        augment, skip_bad = self.config.augment if training else None, data.on_bad_image == "skip"
+        return LoadSpec(data.resize, data.padding, self.config.seed, augment, data.limits, skip_bad)
 
     def save(self, **changes: Any) -> None:
         """Change the state and keep a checkpoint of it; all ranks call it."""

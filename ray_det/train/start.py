@@ -20,7 +20,8 @@ from ray_det.train.job import Job
 from ray_det.types import UserError
 
 MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps")
-"""What a run may be continued with differently: nothing here touches what is learned."""
+MAY_CHANGE += ("data.max_", "data.on_bad_image")
+"""What a run may be continued with differently: nothing here touches what is learned, from images that are whole."""
 SPLITS = ("train", "val", "test")
 
 
@@ -82,7 +83,10 @@ def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: M
         if source is None:
             continue
         cache = cache_folder(config.storage) / "manifests"
-        manifest, report = prepare(source, config.data.images, cache, strict=config.data.strict, map_chunks=map_chunks)
+        data = config.data
+        manifest, report = prepare(
+            source, data.images, cache, strict=data.strict, limits=data.limits, map_chunks=map_chunks
+        )
         say(f"{split}: {report.table() if report and report.notable else _one_line(source, manifest)}")
         manifests[split] = manifest
         if split == "train":

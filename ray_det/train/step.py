@@ -30,6 +30,7 @@ class StepResult:
     padded_share: float  # of the global batch's pixels
     applied: bool  # False: loss or gradient was not finite, and the weights were left alone
     stop: bool  # a rank was asked to stop after this step
+    skipped: int  # images of the global batch that could not be loaded and are blank
 
 
 def wrap_ddp(detector: Detector, device: torch.device) -> nn.Module:
@@ -80,7 +81,9 @@ def train_step(
         params = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         padded = sum(map(_padded_share, micro_batches)) / len(micro_batches)
-        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), total.new_tensor([padded, float(stop)])]))
+        skipped = sum(bool(why) for micro in micro_batches for why in micro.skipped_B)
+        more = total.new_tensor([padded, float(stop), skipped])
+        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), more]))
         applied = bool(np.isfinite(values).all())
         if applied:
             if clip_norm:
@@ -88,9 +91,10 @@ def train_step(
             optimizer.step()
         else:
             restore_batch_norm()
-    components = dict(zip(names[1:], values[1:-3], strict=True))
-    norm_value, padded, asked = values[-3:]
-    return StepResult(values[0], components, norm_value, padded, applied, stop=asked > 0)
+    components = dict(zip(names[1:], values[1:-4], strict=True))
+    norm_value, padded, asked, skipped = values[-4:]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return StepResult(values[0], components, norm_value, padded, applied, asked > 0, round(skipped * world))
 
 
 def _mean_over_ranks(values: Tensor) -> list[float]:

@@ -26,6 +26,9 @@ from ray_det.train.session import Runtime
 from ray_det.train.start import SPLITS
 from ray_det.types import Stopped, TrainingError, UserError
 
+LOGS = ("metrics.jsonl", "nonfinite.jsonl", "skipped_images.jsonl")
+"""What a run appends to."""
+
 
 def run_rank(payload: Payload) -> None:
     """One rank of a run, from its last checkpoint. Failures that a restart cannot mend go to the board."""
@@ -122,16 +125,17 @@ def _commit(staged: Path | None, name: str, state: TrainState, *, run: Folder, f
     checkpoint = ray.train.Checkpoint.from_directory(str(staged)) if staged else None
     ray.train.report(metrics, checkpoint, checkpoint_dir_name=name, delete_local_checkpoint_after_upload=True)
     if staged and not run.local:
-        for log in ("metrics.jsonl", "nonfinite.jsonl"):
+        for log in LOGS:
             if (folder / log).exists():
                 run.upload(folder / log, log)
 
 
 def _fetch_log(run: Folder, folder: Path) -> None:
-    """Clear what a killed start left staged; bring the log of a remote run folder here."""
+    """Clear what a killed start left staged; bring the logs of a remote run folder here."""
     shutil.rmtree(folder / "staging", ignore_errors=True)
-    if not run.local and run.exists("metrics.jsonl"):
-        run.download(folder / "metrics.jsonl", "metrics.jsonl")
+    for log in () if run.local else LOGS:
+        if run.exists(log):
+            run.download(folder / log, log)
 
 
 def _read_manifests(run: Folder, temporary: Path) -> dict[str, Manifest]:
