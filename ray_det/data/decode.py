@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import simplejpeg
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from ray_det.data import files
 from ray_det.data.files import OverLimitError
@@ -168,7 +168,9 @@ def check_scans(data: bytes) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """One line without the path, which depends on where the data lies."""
+    """One line without the path or the object that was read: it is the same wherever the data lies."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a kind that is not read"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     line = " ".join((text or type(error).__name__).split())
     return line if isinstance(error, OverLimitError) else f"{type(error).__name__}: {line}"

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ray_det.data import files
 from ray_det.data.decode import check_scans, decode, open_image, orientation, reason, stored_size
@@ -82,8 +82,6 @@ def _read_header(root: str, path: str, limits: ImageLimits) -> Header:
         return Header("missing", problem="no such file")
     except UserError as error:
         return Header("unreadable", problem=reason(error.__cause__ or error))
-    except UnidentifiedImageError:
-        return Header("unreadable", problem="not an image, or of a kind that is not read")
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken header
         return Header("unreadable", problem=reason(error))
 

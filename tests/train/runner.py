@@ -1,7 +1,7 @@
 """The training loop in plain processes: `python -m tests.train.runner SPEC.json RANK`, or `run_alone(spec)` here.
 
 A spec: config (of a `TrainJobConfig`), world, checkpoint (folder or null), frozen_norms (all batch norms). Every
-checkpoint that the loop commits is kept under `<storage>/<name>/kept/`.
+checkpoint that the loop commits is kept under `<storage>/<name>/kept/`, what it tells the driver in `messages.txt`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
         1,
         _stream,
         partial(_keep, folder),
-        lambda update: None,
+        partial(_tell, folder),
         lambda: False,
         folder,
     )
@@ -76,6 +76,12 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def _stream(work: Shard):
     for i in range(len(work.assignment)):
         yield from load(work, i, i + 1)
+
+
+def _tell(folder: Path, update: dict[str, Any]) -> None:
+    if "message" in update:
+        with (folder / "messages.txt").open("a") as file:
+            file.write(update["message"] + "\n")
 
 
 def _keep(folder: Path, staged: Path | None, name: str, state: Any) -> None:
