@@ -47,6 +47,8 @@ SCHEMA = pa.schema(
     ]
 )
 _METADATA_KEY = b"ray_det.manifest"
+MAX_VALUES_PER_BYTE = 16
+"""Of the longest column, per byte of the whole file. Ids are all different, so a manifest has less than one."""
 
 
 @dataclass(frozen=True)
@@ -167,20 +169,34 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     content = files.read_bytes(str(path))
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read()
+        parquet = pq.ParquetFile(pa.BufferReader(content))
+        _require_plausible(parquet.metadata, len(content))
+        table = parquet.read()
         about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         if about["format"] != FORMAT:
             raise UserError(f"{path} is a manifest of version {about['format']}, not {FORMAT}: prepare it again")
         table = table.replace_schema_metadata(None)
         classes = ClassList.from_json(about["classes"])
         intact = table.schema.equals(SCHEMA) and content_hash(table, classes) == about["hash"]
-    except (OSError, ValueError, KeyError) as error:
-        what = "is not a manifest" if isinstance(error, KeyError) else f"cannot be read as a manifest ({error})"
+        root, source = str(about["root"]), str(about["source"])
+    except UserError:
+        raise
+    except Exception as error:  # a broken file can make pyarrow and what follows raise nearly anything
+        reason = " ".join(str(error).split())
+        what = "is not a manifest" if isinstance(error, KeyError) else f"cannot be read as a manifest ({reason})"
         raise UserError(f"{path} {what}: " + "write one with jobs/prepare.py") from error
     if not intact:
         raise UserError(f"{path} is a damaged manifest: its content does not fit its hash")
-    files.require_inside(about["root"], table["uri"].to_pylist())
-    return Manifest(table, classes, about["root"], about["source"], about["hash"])
+    files.require_inside(root, table["uri"].to_pylist())
+    return Manifest(table, classes, root, source, about["hash"])
+
+
+def _require_plausible(metadata: pq.FileMetaData, size: int) -> None:
+    """Raises ValueError: more values are claimed than a file of `size` bytes holds but by run lengths alone."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    claimed = [g.column(i).num_values for g in groups for i in range(g.num_columns)]
+    if max(claimed, default=0) > MAX_VALUES_PER_BYTE * size:
+        raise ValueError(f"{max(claimed)} values in {size} bytes")
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from ray_det.config import TrainJobConfig
@@ -80,6 +79,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder whose state.json was read and understood, and whose other files are what was written."""
@@ -100,8 +103,10 @@ class Checkpoint:
             sums = dict(content["sha256"])
         except FileNotFoundError:
             raise UserError(f"no checkpoint at {folder}: state.json is missing") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"broken checkpoint: {path}: {error!r}") from None
+        except UserError:
+            raise
+        except Exception as error:  # whatever a hostile value does
+            raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 raise UserError(f"broken checkpoint: {folder / name} is missing")
@@ -125,15 +130,15 @@ class Checkpoint:
         path = self.folder / "model.safetensors"
         try:
             load_model(detector, str(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"broken checkpoint: {path}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # as below
+            raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         path = self.folder / "optimizer.pt"
         try:
             optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         except Exception as error:  # torch raises many kinds for a broken or hostile file
-            raise UserError(f"broken checkpoint: {path}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def build(self, device: torch.device) -> Detector:
         """The detector with its weights; needs neither hub nor network."""

@@ -19,6 +19,7 @@ from tests.train.test_skipped import break_picture
 CLASSES = ClassList(("disc", "box", "triangle"), (1, 3, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_eval_goes_on_without_it(small_coco, tmp_path, capfd):
