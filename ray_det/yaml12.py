@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from ray_det.types import UserError
 
@@ -54,9 +55,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                problem="aliases (*name) are not read", problem_mark=self.peek_event().start_mark
-            )
+            raise ComposerError(problem="aliases (*name) are not read", problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -201,7 +201,7 @@ def yaml_target(folder: Path) -> Target:
     text = cli.to_yaml(TrainJobConfig.model_validate(config)).encode()
     words = (b"!!python/object/apply:os.system [id]", b"&a ", b"*a", b"<<: *a", b"!!binary aaaa", b"!!set {a, b}",
              b"!!timestamp 2024-01-01", b"? [a, b] : c", b"{", b"[" * 3000, b"- " * 3000, b"9" * 5000, b"1e999999",
-             b"\n", b": ", b"'", b'"', b"|\n", b"%YAML 9.9\n", b"---\n", b"!!float x", b"!!int x", b"!!bool")  # fmt: skip
+             b"\n", b": ", b"'", b'"', b"|\n", b"---\n", b"!!float x", b"!!int x", b"!!bool")  # fmt: skip
     return Target([text, b"seed: 1\noptim: {lr: 1e-3}\n"],
                   lambda data: cli.from_yaml(TrainJobConfig, data.decode("utf-8", "replace")), words)  # fmt: skip
 
