@@ -47,8 +47,9 @@ SCHEMA = pa.schema(
     ]
 )
 _METADATA_KEY = b"ray_det.manifest"
-MAX_VALUES_PER_BYTE = 16
-"""Of the longest column, per byte of the whole file. Ids are all different, so a manifest has less than one."""
+MAX_EXPANSION = 64
+"""Bytes in memory per byte of a file. Manifests have about ten: ids are all different."""
+_BATCH_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     content = files.read_bytes(str(path))
     try:
-        parquet = pq.ParquetFile(pa.BufferReader(content))
-        _require_plausible(parquet.metadata, len(content))
-        table = parquet.read()
+        table = _read_table(content)
         about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         if about["format"] != FORMAT:
             raise UserError(f"{path} is a manifest of version {about['format']}, not {FORMAT}: prepare it again")
@@ -191,12 +190,20 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest(table, classes, root, source, about["hash"])
 
 
-def _require_plausible(metadata: pq.FileMetaData, size: int) -> None:
-    """Raises ValueError: more values are claimed than a file of `size` bytes holds but by run lengths alone."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    claimed = max(sum(group.column(i).num_values for group in groups) for i in range(metadata.num_columns))
-    if claimed > MAX_VALUES_PER_BYTE * size:
-        raise ValueError(f"{claimed} values in {size} bytes")
+def _read_table(content: bytes) -> pa.Table:
+    """Batch by batch: equal values take no room in a file, so a small one can ask for all of the memory.
+
+    Raises:
+        ValueError: it unpacks to far more than any manifest.
+    """
+    parquet = pq.ParquetFile(pa.BufferReader(content))
+    batches, unpacked = [], 0
+    for batch in parquet.iter_batches(_BATCH_ROWS):
+        unpacked += batch.nbytes
+        if unpacked > MAX_EXPANSION * len(content):
+            raise ValueError(f"its {len(content)} bytes unpack to more than {MAX_EXPANSION} times as many")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, parquet.schema_arrow)
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:
