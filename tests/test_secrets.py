@@ -33,6 +33,7 @@ def holding(folder: Path, text: bytes) -> list[str]:
     return [str(path) for path in files if text in path.read_bytes() or text in os.fsencode(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_and_ray_write_no_key_down(small_coco, tmp_path):
     """Two workers with all keys in their environment: in files, logs, configuration, checkpoints, wandb's records."""

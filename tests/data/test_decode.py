@@ -207,6 +207,13 @@ def scans(count: int) -> bytes:
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
 
 
+def hidden(data: bytes) -> bytes:
+    """With a marker before the scans that has no length, followed by what would be one that spans all of them."""
+    at = data.index(b"\xff\xda")
+    at = data.index(b"\xff\xc4", at)
+    return data[:at] + b"\xff\x01\xff\xff" + data[at:]
+
+
 SIDE = 9250
 BOMBS: dict[str, tuple[bytes, str]] = {
     "png": (png(SIDE, SIDE, bytes(SIDE * (1 + (SIDE + 7) // 8))), "9250 x 9250 are more pixels than max_pixels"),
@@ -217,6 +224,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "webp": (webp_claiming(16383, 16383), "cannot decode image"),
     "tiff tile": (tiff_with_a_large_tile(20000), "20000 x 20000 are more pixels"),
     "scans": (scans(10_000), f"more than {MAX_SCANS} scans"),
+    "hidden scans": (hidden(scans(1000)), f"more than {MAX_SCANS} scans"),
     "gif": (b"GIF89a" + struct.pack("<HH", 65535, 65535) + encoded(PALETTE, "GIF")[10:], "DecompressionBombError"),
     "bmp": (encoded(RGB, "BMP")[:18] + struct.pack("<ii", 60000, 60000) + encoded(RGB, "BMP")[26:], "Decompression"),
 }  # fmt: skip
