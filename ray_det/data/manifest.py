@@ -177,7 +177,7 @@ def read_manifest(path: str | Path) -> Manifest:
         table = table.replace_schema_metadata(None)
         classes = ClassList.from_json(about["classes"])
         intact = table.schema.equals(SCHEMA) and content_hash(table, classes) == about["hash"]
-        root, source = str(about["root"]), str(about["source"])
+        root, source = files.absolute(str(about["root"])), str(about["source"])  # file:// would hide links
     except UserError:
         raise
     except Exception as error:  # a broken file can make pyarrow and what follows raise nearly anything

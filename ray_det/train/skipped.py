@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from ray_det.evaluate.gather import from_main, gather_lists
 from ray_det.evaluate.split import readable_rows
+from ray_det.report.metrics_file import MetricsFile, read_records
 from ray_det.train.session import Session
 from ray_det.types import MicroBatch, TrainingError
 
@@ -61,17 +62,18 @@ def _note(session: Session, split: str, mine: list[Skipped]) -> list[Skipped]:
     if not found or not session.runtime.is_main:
         return found
     path, table = session.runtime.folder / LIST, session.job.manifests[split].table
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    file = MetricsFile(path, sys.maxsize)  # every whole line stays
+    known = list(read_records(path))
     told = {(record["split"], record["image_id"]) for record in known}
-    with path.open("a") as file:
-        for image_id, why in found:
-            name = table["uri"][pc.index(table["image_id"], image_id).as_py()].as_py()
-            record = {"split": split, "file": name, "image_id": image_id, "reason": why}
-            record["global_step"] = session.state.global_step
-            if record not in known:
-                file.write(json.dumps(record) + "\n")
-            if (split, image_id) not in told:
-                session.runtime.notify({"message": f"{why}; a blank image takes its place in {split}"})
+    step = session.state.global_step
+    for image_id, why in found:
+        name = table["uri"][pc.index(table["image_id"], image_id).as_py()].as_py()
+        record = {"split": split, "file": name, "image_id": image_id, "reason": why}
+        if {"global_step": step} | record not in known:
+            file.append(step, record)
+        if (split, image_id) not in told:
+            session.runtime.notify({"message": f"{why}; a blank image takes its place in {split}"})
+    file.close()
     return found
 
 

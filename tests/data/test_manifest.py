@@ -196,6 +196,11 @@ def test_uri_joins_root_and_name() -> None:
     assert replace(manifest, root="s3://bucket/x/").uri(0) == "s3://bucket/x/5.jpg"
 
 
+def test_a_file_root_is_a_path_so_that_links_out_of_it_are_seen(tmp_path: Path) -> None:
+    write_manifest(replace(manifest_of(messy()), root="file:///data"), tmp_path / "m.parquet")
+    assert read_manifest(tmp_path / "m.parquet").root == "/data"
+
+
 @pytest.mark.parametrize("name", ["/a/b.jpg", "../b.jpg", "a/../../b.jpg", "gs://c/d.jpg", "a\\b.jpg", "a\0.jpg"])
 def test_a_file_whose_names_leave_its_root_is_refused(tmp_path: Path, name: str) -> None:
     """Given as --data.train it passes no preflight."""

@@ -87,6 +87,8 @@ def test_a_resumed_run_keeps_the_count_and_lists_nothing_twice(alone, broken_coc
     resumed.mkdir()
     for name in ("metrics.jsonl", "run.json", "skipped_images.jsonl"):
         shutil.copy(alone / name, resumed)
+    with (resumed / "skipped_images.jsonl").open("a") as file:
+        file.write('{"global_step": 7, "spl')  # torn by a kill
     checkpoint = sorted((alone / "kept").iterdir())[0]
     run_alone(spec(broken_coco, tmp_path) | {"checkpoint": str(checkpoint)})
     assert listed(resumed) == listed(alone) and records(resumed) == records(alone)
