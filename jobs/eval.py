@@ -33,6 +33,9 @@ class EvalJobConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="images per forward pass; default: as in training"
     )
+    on_bad_image: Literal["fail", "skip"] | None = Field(
+        default=None, description="what an image that cannot be decoded does; default: as in training"
+    )
     workers: WorkersConfig = WorkersConfig()
 
 
@@ -53,16 +56,17 @@ def main() -> None:
     from ray_det.storage import Folder
 
     checkpoint = open_checkpoint(config.checkpoint)
-    cache = Path.home() / ".cache" / "ray_det" / "manifests"
+    cache, limits = Path.home() / ".cache" / "ray_det" / "manifests", checkpoint.config.data.limits
     chosen = selection(config.data, checkpoint.config.data)
     data = config.data
-    manifest, report = prepare(data.val, data.images, cache, split=data.split, selection=chosen)
+    manifest, report = prepare(data.val, data.images, cache, split=data.split, selection=chosen, limits=limits)
     if report and report.notable:
         print(report.table())
     same_categories(checkpoint.classes, config.checkpoint, manifest.classes, config.data.val)
     output = Folder.at(config.output)
-    job = InferJob(Folder.at(config.checkpoint).uri, manifest, output, config.batch_size, min_score=0.0)
-    infer_on_workers(job, config.workers)
+    job = InferJob(Folder.at(config.checkpoint).uri, manifest, output, config.batch_size, 0.0, config.on_bad_image)
+    for why in infer_on_workers(job, config.workers):
+        print(f"skipped, its boxes count as missed: {why}")
     metrics = coco_metrics(manifest.ground_truth(), output.read_json(DETECTIONS), manifest.classes)
     summary = {f"val/{name}": value for name, value in metrics.items()}
     output.write_text("summary.json", json.dumps(summary, indent=1))

@@ -6,7 +6,7 @@ python jobs/predict.py --checkpoint runs/cells --input photos/ --output predicte
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,9 @@ class PredictConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="images per forward pass; default: as in training"
     )
+    on_bad_image: Literal["fail", "skip"] | None = Field(
+        default=None, description="what an image that cannot be decoded does; default: as in training"
+    )
     workers: WorkersConfig = WorkersConfig()
 
 
@@ -33,10 +36,12 @@ def main() -> None:
     from ray_det.predict.predictor import open_checkpoint
     from ray_det.storage import Folder
 
-    manifest = image_manifest(config.input, open_checkpoint(config.checkpoint).classes, config.ids_from)
-    output = Folder.at(config.output)
-    checkpoint = Folder.at(config.checkpoint).uri
-    infer_on_workers(InferJob(checkpoint, manifest, output, config.batch_size, config.min_score), config.workers)
+    checkpoint = open_checkpoint(config.checkpoint)
+    manifest = image_manifest(config.input, checkpoint.classes, config.ids_from, checkpoint.config.data.limits)
+    output, location = Folder.at(config.output), Folder.at(config.checkpoint).uri
+    job = InferJob(location, manifest, output, config.batch_size, config.min_score, config.on_bad_image)
+    for why in infer_on_workers(job, config.workers):
+        print(f"skipped, without detections: {why}")
     unread = manifest.table.filter(manifest.table["readable"].to_numpy() == 0)["uri"].to_pylist()
     for name in unread:
         print(f"not readable, left out: {name}")

@@ -13,13 +13,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ray_det import cli
-from ray_det.config import CLASSES, RENAME, SOURCES, ClassName, Section, WorkersConfig
-from ray_det.data import files
+from ray_det.config import CLASSES, RENAME, SOURCES, ClassName, MaxBytes, MaxPixels, Section, WorkersConfig
+from ray_det.data import paths
 from ray_det.data.classes import Selection
 from ray_det.data.headers import Header, HeaderChunk
 from ray_det.data.manifest import write_manifest
 from ray_det.data.pack import pack
 from ray_det.data.prepare import make, refuse_errors, write_report
+from ray_det.types import DEFAULT_LIMITS, ImageLimits
 
 
 class PrepareConfig(Section):
@@ -31,6 +32,8 @@ class PrepareConfig(Section):
     output: str = Field(description="folder or URI that gets manifest.parquet and preflight.json")
     classes: tuple[str, ...] = Field(default=(), description=CLASSES)
     rename: dict[str, ClassName] = Field(default={}, description=RENAME)
+    max_pixels: MaxPixels = DEFAULT_LIMITS.pixels
+    max_bytes: MaxBytes = DEFAULT_LIMITS.bytes
     strict: bool = Field(default=False, description="fail when any error is found, and write no manifest")
     pack: str | None = Field(
         default=None, description="folder or URI that gets all images, copied into a few large files"
@@ -47,10 +50,12 @@ def map_chunks(function: Callable[[HeaderChunk], list[Header]], chunks: list[Hea
 
 def main() -> None:
     config, _ = cli.parse(PrepareConfig, sys.argv[1:], description="Check a data set and write its manifest.")
-    output = files.absolute(config.output)
+    output = paths.absolute(config.output)
     manifest_path, report_path = f"{output}/manifest.parquet", f"{output}/preflight.json"
-    selection = Selection(config.classes, config.rename)
-    manifest, report = make(config.source, config.images, map_chunks, split=config.split, selection=selection)
+    selection, limits = Selection(config.classes, config.rename), ImageLimits(config.max_pixels, config.max_bytes)
+    manifest, report = make(
+        config.source, config.images, map_chunks, split=config.split, selection=selection, limits=limits
+    )
     print(report.table())
     write_report(report, report_path)
     if config.strict:

@@ -34,6 +34,17 @@ class Preempted(Exception):  # noqa: N818  not an error
 
 
 @dataclass(frozen=True)
+class ImageLimits:
+    """The largest image file that is read. Memory for one image is a few times `bytes + 3 * pixels`."""
+
+    pixels: int = 1 << 26
+    bytes: int = 1 << 27
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+@dataclass(frozen=True)
 class ClassList:
     """The classes of a dataset. `label` is the contiguous index 0..C-1, `category_id` is COCO's id.
 
@@ -81,6 +92,7 @@ class MicroBatch:
     image_ids_B: np.ndarray  # int64
     boxes_N4: list[np.ndarray]  # B arrays, float32 xyxy in canvas pixels
     labels_N: list[np.ndarray]  # B arrays, int64 contiguous labels
+    skipped_B: tuple[str, ...] = ()  # why an image is blank in place of its picture, "" where it is not; empty: none is
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """YAML with the scalars of version 1.2, read and written so that values come back as they were.
 
+What JSON has not is refused: tags of other types, and aliases, by which a few lines can stand for billions of values.
 PyYAML speaks 1.1, where 5e-5 is text, 010 is eight, `no` is false, 1:30 is ninety and 2024-01-01 is a date.
 """
 
@@ -10,6 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from ray_det.types import UserError
 
@@ -25,8 +27,10 @@ def read(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text.strip() else ""
         raise UserError(f"{source}: not valid YAML{line}: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, LookupError) as error:  # the latter two from values such as `!!float x`
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML: nested too deeply") from None
 
 
 def read_mapping(text: str, source: str) -> dict[str, Any]:
@@ -42,8 +46,17 @@ def write(tree: dict[str, Any]) -> str:
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
 
 
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_constructors = {t: c for t, c in yaml.SafeLoader.yaml_constructors.items() if t in _TAGS or t is None}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ComposerError(problem="aliases (*name) are not read", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)

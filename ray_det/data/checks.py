@@ -130,6 +130,7 @@ def _image_marks(
         "size_turned": turned_I,
         "exif_orientation": readable_I & (orientation_I != 1),
         "mode_not_rgb": np.array([h.state == "ok" and h.mode != "RGB" for h in headers]),
+        "several_frames": np.array([h.several for h in headers]),
         "duplicate_image_id": again_I,
         # the same entry twice is one finding, not two
         "duplicate_file_name": _repeated(np.array(normal, object)) & ~again_I,

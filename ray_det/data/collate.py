@@ -16,11 +16,11 @@ import pyarrow as pa
 
 from ray_det import boxes as box_ops
 from ray_det.config import AugmentConfig
-from ray_det.data import augment, decode
+from ray_det.data import augment, decode, paths
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import Assignment, resized
 from ray_det.retry import PATIENCE_S
-from ray_det.types import IMAGENET_MEAN, MicroBatch, UserError
+from ray_det.types import DEFAULT_LIMITS, IMAGENET_MEAN, ImageLimits, MicroBatch, UserError
 
 MEAN_PIXEL = np.round(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)
 THREADS = 2
@@ -35,6 +35,8 @@ class LoadSpec:
     padding: str
     seed: int
     augment: AugmentConfig | None  # None: evaluation
+    limits: ImageLimits = DEFAULT_LIMITS
+    skip_bad: bool = False  # an image that cannot be loaded becomes a blank one
     patience_s: float = PATIENCE_S  # for which a storage may be out of reach
 
 
@@ -56,14 +58,17 @@ def load(work: Shard, start: int = 0, stop: int | None = None) -> list[MicroBatc
     """Load micro-batches start..stop - 1 of a shard; all pixels lie in one buffer.
 
     Raises:
-        UserError: an image cannot be read, or is not of the size that the manifest has.
+        UserError: an image leaves the root, or, unless `spec.skip_bad`, cannot be read or is not of the size that the
+            manifest has.
     """
     cv2.setNumThreads(0)  # the pool below is the parallelism
     part = work.assignment.slice(start, len(work.assignment) if stop is None else stop)
     first = int(work.assignment.offsets[start])
     records = work.images.table.slice(first, len(part.rows)).to_pylist()
     for i, record in enumerate(records):
-        record["place"] = work.images.place(first + i)
+        record["place"] = place = work.images.place(first + i)
+        if place.shard is None and paths.is_outside(place.uri, work.images.root):
+            raise UserError(f"{place.uri} is refused: it is a symbolic link that leaves {work.images.root}")
     areas = np.diff(part.offsets) * part.canvas.prod(axis=1, dtype=np.int64) * 3
     ends = np.cumsum(areas)
     buffer = np.empty(int(ends[-1]), np.uint8)
@@ -83,7 +88,7 @@ def _load_one(
     pixels = buffer.reshape(len(images), height, width, 3)
     size = int(part.image_size[i])
     loaded = pool.map(lambda pair: _load_image(spec, pair[0], epoch, size, pair[1]), zip(images, pixels, strict=True))
-    sizes, boxes, labels = zip(*loaded, strict=True)
+    sizes, boxes, labels, skipped = zip(*loaded, strict=True)
     return MicroBatch(
         epoch,
         step,
@@ -94,37 +99,59 @@ def _load_one(
         np.array([r["image_id"] for r in images], np.int64),
         list(boxes),
         list(labels),
+        skipped if any(skipped) else (),
     )
 
 
 def _load_image(
     spec: LoadSpec, record: dict, epoch: int, image_size: int, canvas_HW3: np.ndarray
-) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-    """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,)."""
-    uri, source = record["place"].name, (record["height"], record["width"])
-    image = decode.decode(record["place"].read(spec.patience_s), uri)
-    if image.shape[:2] != source:
-        raise UserError(f"image {uri} is {image.shape[:2]} (h, w), the manifest says {source}: prepare it again")
+) -> tuple[tuple[int, int], np.ndarray, np.ndarray, str]:
+    """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,), why it was skipped."""
+    source = (record["height"], record["width"])
     fit = resized(np.array(source[0]), np.array(source[1]), image_size, spec.resize)
     canvas, config = (canvas_HW3.shape[0], canvas_HW3.shape[1]), spec.augment
     view = augment.whole(source, (int(fit[0]), int(fit[1])))
+    try:
+        image = _decode(record, spec)
+    except UserError as error:
+        if not spec.skip_bad:
+            raise
+        # Its place in the plan is kept: nobody else's images, canvas or random numbers change.
+        canvas_HW3[:] = _fill(spec.padding)
+        return (view.height, view.width), np.empty((0, 4), np.float32), np.empty(0, np.int64), str(error)
     if config is not None:
         rng = np.random.default_rng([spec.seed, epoch, record["image_id"] % 2**63])
         view = augment.sample(rng, config, source, (view.height, view.width), canvas)
     if view.height > canvas[0] or view.width > canvas[1]:
-        raise AssertionError(f"{uri}: {view} does not fit the planned canvas {canvas}")
+        raise AssertionError(f"{record['place'].name}: {view} does not fit the planned canvas {canvas}")
     _place(view, image, spec.padding, canvas_HW3)
     boxes, labels = _targets(record)
     boxes, keep = augment.apply_to_boxes(view, box_ops.clip(boxes, *source), config.min_visible if config else 0.0)
-    return (view.height, view.width), boxes, labels[keep]
+    return (view.height, view.width), boxes, labels[keep], ""
+
+
+def _decode(record: dict, spec: LoadSpec) -> np.ndarray:
+    place, planned = record["place"], (record["height"], record["width"])
+    try:
+        image = decode.decode(place.read(spec.limits.bytes, spec.patience_s), place.name, spec.limits)
+        if image.shape[:2] != planned:
+            raise UserError(f"{place.name} is {image.shape[:2]} (h, w), the manifest says {planned}: prepare it again")
+    except UserError as error:
+        raise UserError(f"image {record['image_id']}: {error}") from error
+    return image
 
 
 def _place(view: augment.View, image_HW3: np.ndarray, padding: str, canvas_HW3: np.ndarray) -> None:
     """The view of an image top-left on the canvas, the rest filled."""
     augment.apply(view, image_HW3, canvas_HW3[: view.height, : view.width])
-    fill = MEAN_PIXEL if padding == "mean" else 0
+    fill = _fill(padding)
     canvas_HW3[view.height :] = fill
     canvas_HW3[: view.height, view.width :] = fill
+
+
+def _fill(padding: str) -> np.ndarray:
+    """(3,) what padded pixels hold."""
+    return MEAN_PIXEL if padding == "mean" else np.zeros(3, np.uint8)
 
 
 def pad_to_canvas(image_HW3: np.ndarray, fit: tuple[int, int], padding: str, canvas_HW3: np.ndarray) -> None:
@@ -163,6 +190,7 @@ def to_table(batches: list[MicroBatch]) -> pa.Table:
         "boxes": [np.concatenate(b.boxes_N4) for b in batches],
         "labels": [np.concatenate(b.labels_N) for b in batches],
     }
+    columns["skipped"] = pa.array([b.skipped_B for b in batches], pa.list_(pa.string()))
     return pa.table(columns | {k: pa.array([a.tobytes() for a in v], pa.binary()) for k, v in parts.items()})
 
 
@@ -183,4 +211,5 @@ def from_table(table: pa.Table) -> Iterator[MicroBatch]:
             arrays["image_ids"],
             np.split(arrays["boxes"].reshape(-1, 4), cuts),
             np.split(arrays["labels"], cuts),
+            tuple(record["skipped"]),
         )

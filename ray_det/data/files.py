@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,37 +16,21 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
+from ray_det.data.paths import has_scheme, join, parent
 from ray_det.retry import PATIENCE_S, patiently
-from ray_det.storage import Folder
+from ray_det.storage import Folder, StorageError
 from ray_det.types import UserError
 
 T = TypeVar("T")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".mpo")
+
+class OverLimitError(ValueError):
+    """A file is, or claims, more than the limits allow."""
 
 
 class Stat(NamedTuple):
     size: int  # bytes
     mtime_ns: int
-
-
-def has_scheme(path: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
-
-
-def absolute(path: str) -> str:
-    """A URI as it is (without a final slash), `file://` and plain paths as an absolute local path."""
-    path = path.removeprefix("file://")
-    return path.rstrip("/") if has_scheme(path) else os.path.abspath(os.path.expanduser(path))
-
-
-def join(root: str, name: str) -> str:
-    """`name` under `root`, or `name` alone where it is absolute or a URI."""
-    return name if name.startswith("/") or has_scheme(name) else f"{root.rstrip('/')}/{name}"
-
-
-def parent(path: str) -> str:
-    return path.rsplit("/", 1)[0]
 
 
 @lru_cache
@@ -82,31 +65,65 @@ def open_binary(path: str) -> Any:
     return filesystem.open_input_file(inner)
 
 
-def read_bytes(path: str, patience_s: float = PATIENCE_S) -> bytes:
-    """Content of a file.
+def open_bounded(path: str, max_bytes: int) -> Any:
+    """As `open_binary`, for a file from somewhere: a plain one, not a device or a pipe, of at most so many bytes.
+
+    Raises:
+        OSError: as above, or it is no plain file.
+        OverLimitError: it is larger.
+    """
+    if not has_scheme(path) and not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a plain file")
+    file = open_binary(path)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if size > max_bytes:
+        file.close()
+        raise too_large(size, max_bytes)
+    return file
+
+
+def patiently_opened(path: str, max_bytes: int) -> Any:
+    """As `open_bounded`, also where a remote storage is out of reach for a while."""
+    return _patiently(path, lambda: open_bounded(path, max_bytes))
+
+
+def too_large(size: int, max_bytes: int) -> OverLimitError:
+    return OverLimitError(f"{size} bytes are more than max_bytes {max_bytes}")
+
+
+def read_bytes(path: str, max_bytes: int | None = None, patience_s: float = PATIENCE_S) -> bytes:
+    """Content of a file; with `max_bytes` of a plain one of at most so many bytes.
 
     Args:
         patience_s: seconds for which a remote storage may be out of reach.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is larger.
+        StorageError: a remote storage stayed out of reach.
     """
 
     def read() -> bytes:
-        with open_binary(path) as file:
+        with open_binary(path) if max_bytes is None else open_bounded(path, max_bytes) as file:
             return file.read()
 
     try:
         return _patiently(path, read, patience_s)
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path too
+        raise _unreadable(path, error) from error
 
 
 def _patiently(path: str, call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
     """A local disk is not waited for."""
     return patiently(call, patience_s=patience_s if has_scheme(path) else 0)
+
+
+def _unreadable(path: str, error: Exception) -> UserError | StorageError:
+    """A file that is bad, or a storage that is: what is read from it may be fine."""
+    kind = StorageError if has_scheme(path) and isinstance(error, OSError) else UserError
+    return kind(f"cannot read {path}: {_one_line(error)}")
 
 
 def read_text(path: str) -> str:
@@ -157,11 +174,6 @@ def listing(folder: str) -> list[str]:
     return sorted(posixpath.relpath(info.path, path) for info in infos if info.type == fs.FileType.File)
 
 
-def images(names: list[str]) -> list[str]:
-    """Those of the names that may be images, by their suffix."""
-    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-
-
 @lru_cache(maxsize=64)
 def _opened(path: str) -> pa.NativeFile:
     filesystem, inner = resolve(path) if has_scheme(path) else (fs.LocalFileSystem(), path)
@@ -176,13 +188,14 @@ def read_range(path: str, offset: int, length: int, patience_s: float = PATIENCE
 
     Raises:
         UserError: it cannot be read, or ends before.
+        StorageError: a remote storage stayed out of reach.
     """
     try:
         content = _patiently(path, lambda: _opened(path).read_at(length, offset), patience_s)
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+        raise _unreadable(path, error) from error
     if len(content) != length:
         raise UserError(f"{path} is damaged: it ends before byte {offset + length}")
     return content

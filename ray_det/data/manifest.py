@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_det.data import files
+from ray_det.data import files, paths
 from ray_det.data.checks import Checked
 from ray_det.data.digest import digest
 from ray_det.retry import PATIENCE_S
@@ -57,6 +57,9 @@ PLACE = ("shard", "offset", "length")
 """Where the bytes are. Not part of the hash: packing leaves the data what it was."""
 _PROSE = ("problem",)
 _METADATA_KEY = b"ray_det.manifest"
+MAX_EXPANSION = 64
+"""Bytes in memory per byte of a file. Manifests have about ten: ids are all different."""
+_BATCH_ROWS = 10_000
 
 
 class Place(NamedTuple):
@@ -72,12 +75,14 @@ class Place(NamedTuple):
         """For messages."""
         return self.uri if self.shard is None else f"{self.uri} (byte {self.offset} of {self.shard})"
 
-    def read(self, patience_s: float = PATIENCE_S) -> bytes:
+    def read(self, max_bytes: int | None = None, patience_s: float = PATIENCE_S) -> bytes:
         """Raises:
-        UserError: it cannot be read, or the shard is too short.
+        UserError: it cannot be read, is larger, or the shard is too short.
         """
         if self.shard is None or self.offset is None or self.length is None:
-            return files.read_bytes(self.uri, patience_s)
+            return files.read_bytes(self.uri, max_bytes, patience_s)
+        if max_bytes is not None and self.length > max_bytes:
+            raise UserError(f"cannot read {self.name}: {files.too_large(self.length, max_bytes)}")
         return files.read_range(self.shard, self.offset, self.length, patience_s)
 
 
@@ -94,11 +99,11 @@ class Manifest:
         return self.table.num_rows
 
     def uri(self, row: int) -> str:
-        return files.join(self.root, self.table["uri"][row].as_py())
+        return paths.join(self.root, self.table["uri"][row].as_py())
 
     def place(self, row: int) -> Place:
         shard, offset, length = (self.table[name][row].as_py() for name in PLACE)
-        return Place(self.uri(row), shard and files.join(self.shards or "", shard), offset, length)
+        return Place(self.uri(row), shard and paths.join(self.shards or "", shard), offset, length)
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -204,7 +209,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     content = files.read_bytes(str(path))
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read()
+        table = _read_table(content)
         about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         if about["format"] != FORMAT:
             raise UserError(f"{path} is a manifest of version {about['format']}, not {FORMAT}: prepare it again")
@@ -215,12 +220,34 @@ def read_manifest(path: str | Path) -> Manifest:
             and content_hash(table, classes) == about["hash"]
             and digest([about["shards"]], table, PLACE) == about["places"]
         )
-    except (OSError, ValueError, KeyError) as error:
-        what = "is not a manifest" if isinstance(error, KeyError) else f"cannot be read as a manifest ({error})"
+        root, source = paths.absolute(str(about["root"])), str(about["source"])  # file:// would hide links
+    except UserError:
+        raise
+    except Exception as error:  # a broken file can make pyarrow and what follows raise nearly anything
+        reason = " ".join(str(error).split())
+        what = "is not a manifest" if isinstance(error, KeyError) else f"cannot be read as a manifest ({reason})"
         raise UserError(f"{path} {what}: " + "write one with jobs/prepare.py") from error
     if not intact:
         raise UserError(f"{path} is a damaged manifest: its content does not fit its hash")
-    return Manifest(table, classes, about["root"], about["source"], about["hash"], about["shards"])
+    paths.require_inside(root, table["uri"].to_pylist())
+    paths.require_inside(str(about["shards"]), table["shard"].drop_null().unique().to_pylist())
+    return Manifest(table, classes, root, source, about["hash"], about["shards"])
+
+
+def _read_table(content: bytes) -> pa.Table:
+    """Batch by batch: equal values take no room in a file, so a small one can ask for all of the memory.
+
+    Raises:
+        ValueError: it unpacks to far more than any manifest.
+    """
+    parquet = pq.ParquetFile(pa.BufferReader(content))
+    batches, unpacked = [], 0
+    for batch in parquet.iter_batches(_BATCH_ROWS):
+        unpacked += batch.nbytes
+        if unpacked > MAX_EXPANSION * len(content):
+            raise ValueError(f"its {len(content)} bytes unpack to more than {MAX_EXPANSION} times as many")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, parquet.schema_arrow)
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:

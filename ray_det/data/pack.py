@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from ray_det.data import files
+from ray_det.data import files, paths
 from ray_det.data.manifest import SCHEMA, Manifest
 from ray_det.types import UserError
 
@@ -34,12 +34,12 @@ def pack(manifest: Manifest, root: str, shard_bytes: int) -> Manifest:
     """
     if manifest.shards is not None:
         raise UserError(f"{manifest.source} is packed already, under {manifest.shards}")
-    root = files.absolute(root)
+    root = paths.absolute(root)
     rows = np.flatnonzero(manifest.table["readable"].to_numpy())
     names = manifest.table["uri"].take(rows).to_pylist()
     stats = files.stats(manifest.root, names)
     if None in stats:
-        raise UserError(f"no such file: {files.join(manifest.root, names[stats.index(None)])}; prepare it again")
+        raise UserError(f"no such file: {paths.join(manifest.root, names[stats.index(None)])}; prepare it again")
     lengths = np.array([stat.size for stat in stats if stat is not None], np.int64)
     shard_of, offsets = _layout(lengths, shard_bytes)
     about = json.dumps([manifest.hash, manifest.root, shard_bytes, stats])
@@ -48,8 +48,8 @@ def pack(manifest: Manifest, root: str, shard_bytes: int) -> Manifest:
     cuts = np.searchsorted(shard_of, np.arange(len(shards) + 1)).tolist()
     for shard, found, (start, stop) in zip(shards, files.stats(root, shards), pairwise(cuts), strict=True):
         if found is None or found.size != lengths[start:stop].sum():
-            uris = [files.join(manifest.root, name) for name in names[start:stop]]
-            _write(files.join(root, shard), uris, lengths[start:stop].tolist())
+            uris = [paths.join(manifest.root, name) for name in names[start:stop]]
+            _write(paths.join(root, shard), uris, lengths[start:stop].tolist())
     places = {"shard": [shards[n] for n in shard_of.tolist()], "offset": offsets.tolist(), "length": lengths.tolist()}
     return replace(manifest, table=_placed(manifest.table, rows, places), shards=root)
 

@@ -19,7 +19,7 @@ from ray_det.data.checks import Checked, check
 from ray_det.data.coco import CocoData
 from ray_det.data.headers import MapChunks, map_in_threads, scan
 from ray_det.data.manifest import Manifest
-from ray_det.types import UserError
+from ray_det.types import DEFAULT_LIMITS, ImageLimits, UserError
 
 Severity = Literal["error", "warning", "info"]
 
@@ -41,6 +41,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "exif_orientation": ("warning", "EXIF orientation, never applied: boxes must fit the stored pixels"),
     "annotation_id_zero": ("info", "annotation id 0: pycocotools takes its match for none"),
     "mode_not_rgb": ("info", "not an RGB image; converted"),
+    "several_frames": ("info", "several frames or pages; the first is used"),
     "image_without_boxes": ("info", "image without boxes; kept"),
     "crowd": ("info", "crowd; kept for evaluation, not trained on"),
 }
@@ -124,13 +125,15 @@ class PreflightReport:
         return cls(findings=findings, **own)
 
 
-def inspect(data: CocoData, root: str, map_chunks: MapChunks = map_in_threads) -> tuple[Checked, PreflightReport]:
+def inspect(
+    data: CocoData, root: str, map_chunks: MapChunks = map_in_threads, limits: ImageLimits = DEFAULT_LIMITS
+) -> tuple[Checked, PreflightReport]:
     """Open the header of every image and run every check.
 
     Raises:
         UserError: a `file_name` leaves the root, or no image is there at all.
     """
-    headers = scan(root, data.file_names, map_chunks)
+    headers = scan(root, data.file_names, map_chunks, limits)
     if all(header.state == "missing" for header in headers):
         raise UserError(
             f"none of the {len(headers)} images of {data.source} is under {root} "
@@ -173,6 +176,7 @@ def _image_finding(checked: Checked, kind: str, i: int) -> Finding:
         "size_turned": lambda: f"{declared}, {stored}, EXIF orientation {header.orientation}",
         "exif_orientation": lambda: str(header.orientation),
         "mode_not_rgb": lambda: header.mode,
+        "several_frames": lambda: "first frame",
         "duplicate_file_name": lambda: f"image id {data.image_ids_I[i]}",
         "duplicate_image_id": lambda: f"image id {data.image_ids_I[i]}",
         "image_without_boxes": lambda: "no boxes",

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_det.data import files, manifest, sources
+from ray_det.data import files, manifest, paths, sources
 from ray_det.data.classes import Selection, select
 from ray_det.data.coco import CocoData
 from ray_det.data.files import Stat
-from ray_det.data.headers import MapChunks, leaves_root, map_in_threads
+from ray_det.data.headers import MapChunks, map_in_threads
 from ray_det.data.manifest import Manifest, read_manifest, write_manifest
 from ray_det.data.preflight import KINDS, WHERE, PreflightReport, inspect
-from ray_det.types import ClassList, UserError
+from ray_det.types import DEFAULT_LIMITS, ClassList, ImageLimits, UserError
 
 ALL_CLASSES = Selection()
 _LOOKED_FOR = 100
@@ -32,6 +32,7 @@ def prepare(
     split: str = "train",
     selection: Selection = ALL_CLASSES,
     strict: bool = False,
+    limits: ImageLimits = DEFAULT_LIMITS,
     map_chunks: MapChunks = map_in_threads,
 ) -> tuple[Manifest, PreflightReport | None]:
     """The manifest of a data set, from the cache where annotations and images are what they were, or of a file.
@@ -43,6 +44,7 @@ def prepare(
         split: the entry of a YOLO data.yaml.
         selection: which classes are used; a manifest has made its choice already.
         strict: refuse a data set with any error.
+        limits: larger image files are unreadable.
 
     Returns:
         The manifest, and the preflight's report where the source is no manifest.
@@ -57,11 +59,11 @@ def prepare(
         return read_manifest(source), None
     data, root = _read(source, images, split, selection)
     stats = _stats(data, root)
-    key = _cache_key(data, root, stats)
+    key = _cache_key(data, root, stats, limits)
     table_path, report_path = cache / f"{key}.parquet", cache / f"{key}.preflight.json"
     made = _cached(table_path, report_path, source)
     if made is None:
-        made = _make(data, root, stats, map_chunks)
+        made = _make(data, root, stats, map_chunks, limits)
         write_report(made[1], report_path)
         write_manifest(made[0], table_path)  # last: its presence says that both are there
     if strict:
@@ -76,6 +78,7 @@ def make(
     *,
     split: str = "train",
     selection: Selection = ALL_CLASSES,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> tuple[Manifest, PreflightReport]:
     """Manifest and report of a data set, without a cache.
 
@@ -83,7 +86,7 @@ def make(
         UserError: as `prepare`.
     """
     data, root = _read(source, images, split, selection)
-    return _make(data, root, _stats(data, root), map_chunks)
+    return _make(data, root, _stats(data, root), map_chunks, limits)
 
 
 def is_manifest(source: str) -> bool:
@@ -93,20 +96,20 @@ def is_manifest(source: str) -> bool:
 def _read(source: str, images: str | None, split: str, selection: Selection) -> tuple[CocoData, str]:
     """The chosen annotations and the root of their images."""
     data, roots = sources.read(source, split)
-    return select(data, selection), files.absolute(images) if images is not None else find_root(data, roots)
+    return select(data, selection), paths.absolute(images) if images is not None else find_root(data, roots)
 
 
 def _stats(data: CocoData, root: str) -> list[Stat | None]:
     """Of every image, None where there is none; of names that the preflight refuses too."""
-    safe = [name for name in data.file_names if not leaves_root(name)]
+    safe = [name for name in data.file_names if not paths.leaves_root(name)]
     found = dict(zip(safe, files.stats(root, safe), strict=True))
     return [found.get(name) for name in data.file_names]
 
 
 def _make(
-    data: CocoData, root: str, stats: list[Stat | None], map_chunks: MapChunks
+    data: CocoData, root: str, stats: list[Stat | None], map_chunks: MapChunks, limits: ImageLimits
 ) -> tuple[Manifest, PreflightReport]:
-    checked, report = inspect(data, root, map_chunks)
+    checked, report = inspect(data, root, map_chunks, limits)
     return manifest.build(checked, root, [stat and stat.size for stat in stats]), report
 
 
@@ -134,10 +137,10 @@ def find_root(data: CocoData, candidates: list[str]) -> str:
         UserError: none of them does.
     """
     for name in data.file_names[:_LOOKED_FOR]:
-        if leaves_root(name):
+        if paths.leaves_root(name):
             return candidates[0]  # the preflight refuses it, and says why
         for root in candidates:
-            if files.is_file(files.join(root, name)):
+            if files.is_file(paths.join(root, name)):
                 return root
     raise UserError(
         f"none of the images of {data.source} (for example {data.file_names[0]}) is under any of "
@@ -145,9 +148,9 @@ def find_root(data: CocoData, candidates: list[str]) -> str:
     )
 
 
-def _cache_key(data: CocoData, root: str, stats: list[Stat | None]) -> str:
-    """Changes with what is read of the annotations, the root, and any image that changes, comes or goes."""
-    about = [_FORMAT, root, data.relative, data.file_names, data.classes.to_json(), stats]
+def _cache_key(data: CocoData, root: str, stats: list[Stat | None], limits: ImageLimits) -> str:
+    """Changes with what is read of the annotations, the root, the limits, and any image that changes, comes or goes."""
+    about = [_FORMAT, root, limits.pixels, limits.bytes, data.relative, data.file_names, data.classes.to_json(), stats]
     digest = hashlib.sha256(json.dumps(about).encode())
     for column in vars(data).values():
         if isinstance(column, np.ndarray):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 
-from ray_det.data import coco, files, voc, yolo
+from ray_det.data import coco, files, paths, voc, yolo
 from ray_det.data.coco import CocoData
 
 
@@ -20,14 +20,14 @@ def read(source: str, split: str) -> tuple[CocoData, list[str]]:
     """
     if source.endswith((".yaml", ".yml")):
         return yolo.read(source, split)
-    path = files.absolute(source)
+    path = paths.absolute(source)
     if path.endswith(".txt") or (not path.endswith(".json") and files.is_folder(f"{path}/{voc.ANNOTATIONS}")):
         return voc.read(source)
     return coco.parse(files.read_bytes(source), source), _beside(path)
 
 
 def _beside(source: str) -> list[str]:
-    folder, stem = files.parent(source), posixpath.basename(source).removesuffix(".json")
+    folder, stem = paths.parent(source), posixpath.basename(source).removesuffix(".json")
     # COCO's own layout: annotations/instances_val2017.json beside val2017/
-    official = f"{files.parent(folder)}/{stem.rsplit('_', 1)[-1]}"
+    official = f"{paths.parent(folder)}/{stem.rsplit('_', 1)[-1]}"
     return [f"{folder}/images", folder, official, f"{folder}/{stem}"]

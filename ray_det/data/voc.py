@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ray_det.data import files
+from ray_det.data import files, paths
 from ray_det.data.coco import CocoData
 from ray_det.types import ClassList, UserError
 
@@ -62,7 +62,7 @@ def read(source: str) -> tuple[CocoData, list[str]]:
 
 def _listed(source: str) -> tuple[str, dict[str, int]]:
     """(folder of Annotations/, line by name); no names where the source is the folder itself."""
-    path = files.absolute(source)
+    path = paths.absolute(source)
     if not path.endswith(".txt"):
         return path, {}
     lines: dict[str, int] = {}
@@ -76,7 +76,7 @@ def _listed(source: str) -> tuple[str, dict[str, int]]:
         raise UserError(f"{source}: empty dataset, it lists no images")
     folder = path
     for _ in range(3):  # ImageSets/Main/train.txt, ImageSets/train.txt, train.txt
-        folder = files.parent(folder)
+        folder = paths.parent(folder)
         if files.is_folder(f"{folder}/{ANNOTATIONS}"):
             return folder, lines
     raise UserError(f"{source} is no list of a VOC folder: there is no {ANNOTATIONS}/ beside it or above it")

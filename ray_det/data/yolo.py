@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ray_det import boxes, yaml12
-from ray_det.data import files
+from ray_det.data import files, paths
 from ray_det.data.coco import CocoData
 from ray_det.types import ClassList, UserError
 
@@ -69,14 +69,15 @@ def _texts(value: Any, key: str, source: str) -> list[str]:
 
 def _base(source: str, path: Any) -> str:
     """What entries start from: `path`, where there is such a folder (data sets move), else the folder of the file."""
-    folder = files.parent(files.absolute(source))
+    folder = paths.parent(paths.absolute(source))
     base = _under(folder, path) if isinstance(path, str) else folder
     return base if files.is_folder(base) else folder
 
 
 def _under(base: str, name: str) -> str:
-    """Joined, without `.` and `..`."""
-    scheme, separator, path = files.absolute(files.join(base, name)).rpartition("://")
+    """Joined, or the name alone where it is absolute or a URI; without `.` and `..`."""
+    alone = name.startswith("/") or paths.has_scheme(name)
+    scheme, separator, path = paths.absolute(name if alone else paths.join(base, name)).rpartition("://")
     return f"{scheme}{separator}{posixpath.normpath(path)}"
 
 
@@ -86,17 +87,17 @@ def _images(base: str, entry: str, split: str, source: str) -> list[str]:
     for path in dict.fromkeys([_under(base, entry), _under(base, entry.removeprefix("../"))]):
         if entry.endswith(".txt") and files.is_file(path):
             lines = filter(None, map(str.strip, files.read_text(path).splitlines()))
-            return [_under(files.parent(path), line) for line in lines]
+            return [_under(paths.parent(path), line) for line in lines]
         if files.is_folder(path):
-            return [f"{path}/{name}" for name in files.images(files.listing(path))]
+            return [f"{path}/{name}" for name in paths.images(files.listing(path))]
     raise UserError(f"{source}: {split}: there is no folder or list file {_under(base, entry)}")
 
 
-def _common(paths: list[str]) -> str:
+def _common(images: list[str]) -> str:
     """The deepest folder that holds all of them."""
-    folder = files.parent(paths[0])
-    while not all(path.startswith(f"{folder}/") for path in paths):
-        folder = files.parent(folder)
+    folder = paths.parent(images[0])
+    while not all(image.startswith(f"{folder}/") for image in images):
+        folder = paths.parent(folder)
     return folder
 
 

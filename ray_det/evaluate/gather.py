@@ -1,4 +1,4 @@
-"""Detections of all ranks to rank 0, every image exactly once."""
+"""Detections of all ranks to rank 0, every image exactly once, and what rank 0 makes of them back to all."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def gather_lists(local: list[T], group: dist.ProcessGroup | None = None) -> list
     parts: list[Any] | None = [None] * dist.get_world_size(group) if rank == 0 else None
     dist.gather_object(local, parts, group_dst=0, group=group)
     return None if parts is None else [item for part in parts for item in part]
+
+
+def from_main(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if group is not None:
+        dist.broadcast_object_list(box, group_src=0, group=group)
+    return box[0]
 
 
 def require_each_once(detections: list[Detections], image_ids: np.ndarray) -> None:

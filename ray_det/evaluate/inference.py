@@ -48,14 +48,15 @@ def infer(
 
 
 def to_image(prediction: Prediction, micro: MicroBatch, i: int) -> Detections:
-    """Canvas pixels -> pixels of the stored image, clipped to it."""
+    """Canvas pixels -> pixels of the stored image, clipped to it; nothing where the image was skipped."""
     height, width = micro.sizes_B2[i]
     orig_height, orig_width = micro.orig_sizes_B2[i]
     boxes = box_ops.clip(prediction["boxes"].float().cpu().numpy(), height, width)
     scale = np.array([orig_width / width, orig_height / height] * 2, np.float32)
+    kept = slice(0 if micro.skipped_B and micro.skipped_B[i] else None)
     return Detections(
         int(micro.image_ids_B[i]),
-        boxes * scale,
-        prediction["scores"].float().cpu().numpy(),
-        prediction["labels"].cpu().numpy().astype(np.int64),
+        (boxes * scale)[kept],
+        prediction["scores"].float().cpu().numpy()[kept],
+        prediction["labels"].cpu().numpy().astype(np.int64)[kept],
     )

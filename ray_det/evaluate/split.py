@@ -51,7 +51,8 @@ def infer_split(
         rank=rank,
         world=world,
     )
-    batches = stream(shard(manifest, plan, LoadSpec(data.resize, data.padding, seed=0, augment=None)))
+    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad=data.on_bad_image == "skip")
+    batches = stream(shard(manifest, plan, spec))
     yield from infer(detector, batches, device, bf16=bf16, with_loss=with_loss)
 
 

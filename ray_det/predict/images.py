@@ -6,14 +6,16 @@ import glob
 import json
 from pathlib import Path
 
-from ray_det.data import files
+from ray_det.data import files, paths
 from ray_det.data.coco import parse
 from ray_det.data.manifest import Manifest, build
 from ray_det.data.preflight import inspect
-from ray_det.types import ClassList, UserError
+from ray_det.types import DEFAULT_LIMITS, ClassList, ImageLimits, UserError
 
 
-def image_manifest(source: str, classes: ClassList, ids_from: str | None = None) -> Manifest:
+def image_manifest(
+    source: str, classes: ClassList, ids_from: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
+) -> Manifest:
     """A manifest of the images that `source` names: a folder (searched in depth), a glob, a file, or a URI of a folder.
 
     Args:
@@ -24,30 +26,30 @@ def image_manifest(source: str, classes: ClassList, ids_from: str | None = None)
     """
     root, names = _find(source)
     if not names:
-        raise UserError(f"no images at {source}: looked for {', '.join(files.IMAGE_SUFFIXES)}")
+        raise UserError(f"no images at {source}: looked for {', '.join(paths.IMAGE_SUFFIXES)}")
     ids = _ids(names, ids_from) if ids_from else range(1, len(names) + 1)
     document = {
         "images": [{"id": i, "file_name": name} for i, name in zip(ids, names, strict=True)],
         "annotations": [],
         "categories": classes.to_json(),
     }
-    checked, _ = inspect(parse(json.dumps(document).encode(), source), root)
+    checked, _ = inspect(parse(json.dumps(document).encode(), source), root, limits=limits)
     return build(checked, root)
 
 
 def _find(source: str) -> tuple[str, list[str]]:
     """(root, sorted names under it)."""
-    if files.has_scheme(source) and not source.startswith("file://"):
-        return source.rstrip("/"), files.images(files.listing(source.rstrip("/")))
-    path = Path(files.absolute(source))
+    if paths.has_scheme(source) and not source.startswith("file://"):
+        return source.rstrip("/"), paths.images(files.listing(source.rstrip("/")))
+    path = Path(paths.absolute(source))
     if path.is_dir():
-        return str(path), files.images(files.listing(str(path)))
+        return str(path), paths.images(files.listing(str(path)))
     if path.is_file():
         return str(path.parent), [path.name]
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
     base = Path(str(path).split("*")[0].split("?")[0].split("[")[0])
     root = base if base.is_dir() else base.parent
-    return str(root), files.images(sorted(m.relative_to(root).as_posix() for m in matches if m.is_file()))
+    return str(root), paths.images(sorted(m.relative_to(root).as_posix() for m in matches if m.is_file()))
 
 
 def _ids(names: list[str], ids_from: str) -> list[int]:

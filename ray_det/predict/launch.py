@@ -28,6 +28,7 @@ from ray_det.evaluate.gather import gather_lists, require_each_once
 from ray_det.evaluate.split import infer_split, readable_rows
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
+from ray_det.train.skipped import LIST, Skipped, skipped_in
 from ray_det.train.step import make_deterministic, use_bf16
 from ray_det.types import ClassList, Detections, UserError
 
@@ -43,10 +44,14 @@ class InferJob:
     output: Folder
     batch_size: int | None  # None: as in the training of the checkpoint
     min_score: float
+    on_bad_image: str | None = None  # None: as in the training of the checkpoint
 
 
-def infer_on_workers(job: InferJob, workers: WorkersConfig) -> None:
+def infer_on_workers(job: InferJob, workers: WorkersConfig) -> list[str]:
     """Predict every readable image of the manifest once; rank 0 writes detections.json and detections.parquet.
+
+    Returns:
+        Why images were skipped, which have no detections; they are listed in skipped_images.jsonl too.
 
     Raises:
         UserError: no room for the workers, or an image or checkpoint that cannot be read.
@@ -68,6 +73,7 @@ def infer_on_workers(job: InferJob, workers: WorkersConfig) -> None:
                 if isinstance(failure, UserError):
                     raise UserError(str(getattr(failure, "cause", failure))) from None
             raise
+    return [json.loads(line)["reason"] for line in job.output.read_text(LIST).splitlines()]
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -79,11 +85,13 @@ def _worker(config: dict[str, Any]) -> None:
     make_deterministic(room.threads, deterministic=device.type == "cpu")
     checkpoint = open_checkpoint(job.checkpoint)
     run = checkpoint.config
+    data = run.data.model_copy(update={"on_bad_image": job.on_bad_image or run.data.on_bad_image})
     detections: list[Detections] = []
+    skipped: list[Skipped] = []
     for inferred in infer_split(
         checkpoint.build(device),
         job.manifest,
-        run.data,
+        data,
         partial(stream, loader_cpus=room.loader_cpus),
         device,
         batch_size=job.batch_size or run.eval.batch_size or cast(int, run.train.micro_batch_size),
@@ -92,11 +100,13 @@ def _worker(config: dict[str, Any]) -> None:
         bf16=use_bf16(run.train.precision, device),
     ):
         detections += inferred.detections
+        skipped += skipped_in([inferred.batch])
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None
-    everything = gather_lists(detections, group)
-    if everything is not None:
+    everything, lost = gather_lists(detections, group), gather_lists(skipped, group)
+    if everything is not None and lost is not None:
         require_each_once(everything, job.manifest.table["image_id"].to_numpy()[readable_rows(job.manifest)])
         _write(job, everything, checkpoint.classes)
+        job.output.write_text(LIST, "".join(json.dumps({"image_id": i, "reason": why}) + "\n" for i, why in lost))
 
 
 def _write(job: InferJob, detections: list[Detections], classes: ClassList) -> None:

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ray_det.data import files
 from ray_det.data.collate import pad_to_canvas
-from ray_det.data.decode import decode
+from ray_det.data.decode import decode, read_image, to_rgb
 from ray_det.data.plan import resized, round_up
 from ray_det.evaluate.inference import infer
 from ray_det.models.detector import Detector
@@ -21,7 +20,7 @@ from ray_det.storage import Folder
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import BEST
 from ray_det.train.step import use_bf16
-from ray_det.types import ClassList, Detections, MicroBatch, UserError
+from ray_det.types import DEFAULT_LIMITS, ClassList, Detections, ImageLimits, MicroBatch, UserError
 
 
 def open_checkpoint(location: str) -> Checkpoint:
@@ -65,7 +64,8 @@ class Predictor:
             UserError: an image cannot be read.
         """
         bf16 = use_bf16(self._config.train.precision, self.device)
-        batches = (self._batch(i, to_pixels(image)) for i, image in enumerate(images))
+        limits = self._config.data.limits
+        batches = (self._batch(i, to_pixels(image, limits)) for i, image in enumerate(images))
         found: Iterator = infer(self._detector, batches, self.device, bf16=bf16)
         return [detections for inferred in found for detections in inferred.detections]
 
@@ -88,18 +88,18 @@ class Predictor:
         )
 
 
-def to_pixels(image: Any) -> np.ndarray:
+def to_pixels(image: Any, limits: ImageLimits = DEFAULT_LIMITS) -> np.ndarray:
     """uint8 (H, W, 3) RGB pixels as stored, by the decoder that training uses.
 
     Raises:
         UserError: it is none of the accepted forms, or cannot be read.
     """
     if isinstance(image, str | Path):
-        return decode(files.read_bytes(str(image)), str(image))
+        return read_image(str(image), limits)
     if isinstance(image, bytes):
-        return decode(image, "<bytes>")
+        return decode(image, "<bytes>", limits)
     if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
+        return to_rgb(image)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return image
     described = f"array {image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__

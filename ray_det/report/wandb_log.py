@@ -65,14 +65,18 @@ def sent_before(wandb_folder: Path, run_id: str) -> Sent | None:
 
 
 def read_history(path: Path) -> Iterator[dict[str, Any]]:
-    """History rows of a `.wandb` file, each with `_step`; stops at the first torn record."""
+    """History rows of a `.wandb` file, each with `_step`; stops at the first torn or broken record."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2 as pb
 
     for data in _log_records(path.read_bytes()):
         record = pb.Record()  # pyright: ignore[reportAttributeAccessIssue]
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
+        try:
+            record.ParseFromString(data)
             row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+        except (DecodeError, ValueError, RecursionError):
+            return
+        if record.WhichOneof("record_type") == "history":
             yield row | {"_step": record.history.step.num}
 
 

@@ -48,6 +48,7 @@ class TrainState:
     best_step: int | None = None
     log_lines: int = 0  # lines of metrics.jsonl
     padded_sum: float = 0.0  # padded shares of all steps so far
+    skipped_images: int = 0  # training images so far that could not be loaded and were blank
 
     def next_epoch(self) -> TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)
@@ -90,6 +91,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder whose state.json was read and understood, and whose other files are what was written."""
@@ -110,8 +115,10 @@ class Checkpoint:
             sums = dict(content["sha256"])
         except FileNotFoundError:
             raise UserError(f"no checkpoint at {folder}: state.json is missing") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"broken checkpoint: {path}: {error!r}") from None
+        except UserError:
+            raise
+        except Exception as error:  # whatever a hostile value does
+            raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 raise UserError(f"broken checkpoint: {folder / name} is missing")
@@ -135,15 +142,15 @@ class Checkpoint:
         path = self.folder / "model.safetensors"
         try:
             load_model(detector, str(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"broken checkpoint: {path}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # as below
+            raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         path = self.folder / "optimizer.pt"
         try:
             optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         except Exception as error:  # torch raises many kinds for a broken or hostile file
-            raise UserError(f"broken checkpoint: {path}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def build(self, device: torch.device) -> Detector:
         """The detector with its weights; needs neither hub nor network."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import torch.distributed as dist
 
 from ray_det.data.manifest import Manifest
-from ray_det.evaluate.gather import gather_lists
+from ray_det.evaluate.gather import from_main, gather_lists
 from ray_det.evaluate.inference import Inferred
 from ray_det.evaluate.split import infer_split, readable_rows, score
 from ray_det.report.pictures import Picture
 from ray_det.train.session import Session
+from ray_det.train.skipped import note_in_evaluation, skipped_in
 from ray_det.train.step import sync_buffers
 
 
@@ -19,12 +19,15 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
 
     Args:
         pictures: images drawn with their boxes to the tracker.
+
+    Raises:
+        TrainingError: more images could not be loaded than `data.max_skipped_share` allows.
     """
     runtime, config, manifest = session.runtime, session.config, session.job.manifests[split]
     session.at("evaluation")
     sync_buffers(session.detector)
     shown = _shown(manifest, pictures)
-    detections, drawn, losses = [], [], []
+    detections, drawn, losses, skipped = [], [], [], []
     for inferred in infer_split(
         session.detector,
         manifest,
@@ -41,7 +44,9 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
         detections += inferred.detections
         losses.append((inferred.batch.step, (inferred.loss or 0.0) * len(inferred.detections)))
         drawn += _pictures(inferred, shown)
+        skipped += skipped_in([inferred.batch])
     session.at("gathering and scoring of detections")
+    note_in_evaluation(session, split, skipped)
     gathered = [gather_lists(part, runtime.group) for part in (detections, losses, drawn)]
     metrics: dict[str, float] | None = None
     if gathered[0] is not None and gathered[1] is not None and gathered[2] is not None:
@@ -51,7 +56,10 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
         if session.tracker:
             ordered = sorted(gathered[2], key=lambda picture: picture.image_id)
             session.tracker.log_pictures(session.state.global_step, ordered, list(manifest.classes.names))
-    return _from_main(metrics, runtime.group)
+    metrics = from_main(metrics, runtime.group)
+    if metrics is None:
+        raise RuntimeError("rank 0 has no metrics")
+    return metrics
 
 
 def _shown(manifest: Manifest, count: int) -> set[int]:
@@ -81,13 +89,3 @@ def _pictures(inferred: Inferred, shown: set[int]) -> list[Picture]:
             )
         )
     return pictures
-
-
-def _from_main(metrics: dict[str, float] | None, group: dist.ProcessGroup | None) -> dict[str, float]:
-    """Rank 0's numbers, on every rank."""
-    box = [metrics]
-    if group is not None:
-        dist.broadcast_object_list(box, group_src=0, group=group)
-    if box[0] is None:
-        raise RuntimeError("rank 0 has no metrics")
-    return box[0]

@@ -56,6 +56,7 @@ def _summary(session: Session, best: Checkpoint) -> dict[str, Any]:
         "best_step": best.state.global_step,
         "global_step": state.global_step,
         "skipped_steps": state.skipped_steps,
+        "skipped_images": state.skipped_images,
         **_speed(records, job.config.train.global_batch_size),
         "padded_share": state.padded_sum / max(state.global_step, 1),
         "time_to_first_step_s": first_step_at - job.started_at if first_step_at else None,

@@ -24,6 +24,7 @@ from ray_det.train.finish import finish
 from ray_det.train.job import Job
 from ray_det.train.optim import set_learning_rate
 from ray_det.train.session import Runtime, Session, open_session
+from ray_det.train.skipped import note_in_training, skipped_in
 from ray_det.train.step import StepResult, train_step
 from ray_det.types import Preempted, Stopped, TrainingError
 
@@ -38,7 +39,7 @@ def run(job: Job, runtime: Runtime) -> None:
     Raises:
         Stopped: it was asked to, and a checkpoint of the last step is kept.
         Preempted: a node is about to be taken away, and a checkpoint of the last step is kept.
-        TrainingError: loss or gradient stayed non-finite.
+        TrainingError: loss or gradient stayed non-finite, or too many images could not be loaded.
         UserError: an input that the preflight could not see to be wrong.
     """
     rollbacks, before = 0, None
@@ -107,6 +108,8 @@ def _train_epoch(session: Session) -> None:
             at=session.at,
         )
         _advance(session, plan, step, result)
+        if result.skipped:
+            note_in_training(session, skipped_in(micro))
         now = time.perf_counter()
         _log_step(session, plan, result, rate, seconds=now - mark, wait=wait)
         mark = now

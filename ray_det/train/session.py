@@ -121,8 +121,16 @@ class Session:
         self.runtime.at(phase, self.state.global_step)
 
     def load_spec(self, *, training: bool) -> LoadSpec:
-        data, augment = self.config.data, self.config.augment if training else None
-        return LoadSpec(data.resize, data.padding, self.config.seed, augment, self.config.workers.storage_timeout_s)
+        data, config = self.config.data, self.config
+        return LoadSpec(
+            data.resize,
+            data.padding,
+            config.seed,
+            config.augment if training else None,
+            data.limits,
+            skip_bad=data.on_bad_image == "skip",
+            patience_s=config.workers.storage_timeout_s,
+        )
 
     def save(self, **changes: Any) -> None:
         """Change the state and keep a checkpoint of it; all ranks call it."""

@@ -27,7 +27,8 @@ SPLITS = ("train", "val", "test")
 PLACES = tuple(f"data.{name}:" for name in (*SPLITS, "images"))
 """Where the data is: what it holds is compared by its hash."""
 MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps", *PLACES)
-"""What a run may be continued with differently: nothing here touches what is learned."""
+MAY_CHANGE += ("data.max_", "data.on_bad_image", "train.max_rollbacks")
+"""What a run may be continued with differently: nothing here touches what is learned, from images that are whole."""
 
 
 def cache_folder(storage: str) -> Path:
@@ -88,13 +89,15 @@ def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: M
         if source is None:
             continue
         cache = cache_folder(config.storage) / "manifests"
+        data = config.data
         manifest, report = prepare(
             source,
-            config.data.images,
+            data.images,
             cache,
             split=split,
-            selection=Selection(config.data.classes, config.data.rename),
-            strict=config.data.strict,
+            selection=Selection(data.classes, data.rename),
+            strict=data.strict,
+            limits=data.limits,
             map_chunks=map_chunks,
         )
         say(f"{split}: {report.table() if report and report.notable else _one_line(source, manifest)}")

@@ -41,6 +41,7 @@ class StepResult:
     padded_share: float  # of the global batch's pixels
     applied: bool  # False: loss or gradient was not finite, and the weights were left alone
     asked: Asked  # by any rank
+    skipped: int  # images of the global batch that could not be loaded and are blank
 
 
 def wrap_ddp(detector: Detector, device: torch.device) -> nn.Module:
@@ -99,8 +100,10 @@ def train_step(
         params = [p for p in model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         padded = sum(map(_padded_share, micro_batches)) / share
+        skipped = sum(bool(why) for micro in micro_batches for why in micro.skipped_B)
+        more = total.new_tensor([padded, skipped, *asked])
         at("all-reduce of the losses")
-        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), total.new_tensor([padded, *asked])]))
+        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), more]))
         applied = bool(np.isfinite(values).all())
         if applied:
             if clip_norm:
@@ -108,9 +111,10 @@ def train_step(
             optimizer.step()
         else:
             restore_batch_norm()
-    components = dict(zip(names[1:], values[1:-4], strict=True))
-    norm_value, padded, stop, look = values[-4:]
-    return StepResult(values[0], components, norm_value, padded, applied, Asked(stop > 0, look > 0))
+    components = dict(zip(names[1:], values[1:-5], strict=True))
+    norm_value, padded, skipped, stop, look = values[-5:]
+    world, asked = dist.get_world_size() if dist.is_initialized() else 1, Asked(stop > 0, look > 0)
+    return StepResult(values[0], components, norm_value, padded, applied, asked, round(skipped * world))
 
 
 def _mean_over_ranks(values: Tensor) -> list[float]:

@@ -39,6 +39,9 @@ LOOK_S = 2.0
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors of a local disk that a new process would meet again."""
 
+LOGS = ("metrics.jsonl", "nonfinite.jsonl", "skipped_images.jsonl")
+"""What a run appends to."""
+
 
 def run_rank(payload: Payload) -> None:
     """One rank of a run, from its last checkpoint. Ends that a restart cannot mend go to the board."""
@@ -150,8 +153,9 @@ def _commit(staged: Path | None, name: str, *, run: Folder, folder: Path, group:
     """Keep the checkpoint in the run folder; the log goes first, a checkpoint knows how much of it is its own."""
     if staged:
         if not run.local:
-            for log in folder.glob("*.jsonl"):
-                run.upload(log, log.name)
+            for name_of_log in LOGS:
+                if (folder / name_of_log).exists():
+                    run.upload(folder / name_of_log, name_of_log)
         store.keep(run, staged, name)
     if group:
         dist.barrier(group)
@@ -189,10 +193,11 @@ def _newest(run: Folder, rank: int, group: dist.ProcessGroup | None, before: int
 
 
 def _fetch_log(run: Folder, folder: Path) -> None:
-    """Clear what a killed start left staged; bring the log of a remote run folder here."""
+    """Clear what a killed start left staged; bring the logs of a remote run folder here."""
     shutil.rmtree(folder / "staging", ignore_errors=True)
-    if not run.local and run.exists("metrics.jsonl"):
-        run.download(folder / "metrics.jsonl", "metrics.jsonl")
+    for log in () if run.local else LOGS:
+        if run.exists(log):
+            run.download(folder / log, log)
 
 
 def _read_manifests(run: Folder, temporary: Path) -> dict[str, Manifest]:

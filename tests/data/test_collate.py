@@ -1,9 +1,12 @@
 """Micro-batches: planned canvas, mean padding, the same whoever loads them, unharmed by Arrow."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ray_det.config import AugmentConfig, DatasetConfig
 from ray_det.data.collate import MEAN_PIXEL, LoadSpec, from_table, load, shard, to_table
@@ -39,7 +42,7 @@ def plan_of(manifest, epoch=0):
 
 def same(a, b):
     arrays = ("pixels_BHW3", "sizes_B2", "orig_sizes_B2", "image_ids_B")
-    assert (a.epoch, a.step, a.index) == (b.epoch, b.step, b.index)
+    assert (a.epoch, a.step, a.index, a.skipped_B) == (b.epoch, b.step, b.index, b.skipped_B)
     assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
     assert all(np.array_equal(x, y) for x, y in zip(a.boxes_N4, b.boxes_N4, strict=True))
     assert all(np.array_equal(x, y) for x, y in zip(a.labels_N, b.labels_N, strict=True))
@@ -119,3 +122,58 @@ def test_a_changed_image_is_an_error_that_names_it(manifest, tmp_path):
     )
     with pytest.raises(UserError, match="prepare it again"):
         load(shard(replace(manifest, table=grown), plan_of(manifest).assign(0, 1), TRAIN), 0, 1)
+
+
+@pytest.fixture
+def broken(manifest, tmp_path):
+    """The manifest with its images in a folder where one of the first batch is no image any more; -> (it, its row)."""
+    shutil.copytree(manifest.root, tmp_path / "images")
+    rows = plan_of(manifest).assign(0, 1).rows
+    row = int(next(r for r in rows[:3] if np.sum(rows == r) == 1))  # the last batch is filled up with others again
+    (tmp_path / "images" / manifest.table["uri"][row].as_py()).write_bytes(b"not an image")
+    return replace(manifest, root=str(tmp_path / "images")), row
+
+
+@pytest.mark.parametrize("spec", [TRAIN, replace(EVAL, padding="zero")])
+def test_a_skipped_image_is_blank_and_nothing_else_changes(manifest, broken, spec):
+    """Nothing of its batch-mates, of the canvas, or of what comes through Arrow."""
+    work = plan_of(manifest).assign(0, 1)
+    with pytest.raises(UserError, match=r"^image \d+: cannot decode image .*/images/train_.*: "):
+        load(shard(broken[0], work, spec))
+    before = load(shard(manifest, work, spec))
+    after = load(shard(broken[0], work, replace(spec, skip_bad=True)))
+    for a, b in zip(before[1:], after[1:], strict=True):
+        same(a, b)
+    a, b = before[0], after[0]
+    i = next(i for i, why in enumerate(b.skipped_B) if why)
+    assert b.skipped_B[i].startswith(f"image {b.image_ids_B[i]}: cannot decode") and b.skipped_B.count("") == 2
+    assert (b.pixels_BHW3[i] == (MEAN_PIXEL if spec.padding == "mean" else 0)).all()
+    assert b.boxes_N4[i].shape == (0, 4) and b.labels_N[i].shape == (0,)
+    assert b.sizes_B2[i].max() == 128
+    for name in ("orig_sizes_B2", "image_ids_B"):
+        assert np.array_equal(getattr(a, name), getattr(b, name))
+    for j in {0, 1, 2} - {i}:
+        for name in ("pixels_BHW3", "sizes_B2", "boxes_N4", "labels_N"):
+            assert np.array_equal(getattr(a, name)[j], getattr(b, name)[j])
+    for batch, back in zip(after, from_table(to_table(after)), strict=True):
+        same(batch, back)
+
+
+def test_an_image_of_another_size_is_skipped_too(manifest, broken):
+    moved, row = broken
+    Image.new("RGB", (9, 9)).save(path := moved.uri(row))
+    batch = load(shard(moved, plan_of(manifest).assign(0, 1), replace(TRAIN, skip_bad=True)), 0, 1)[0]
+    assert f"{path} is (9, 9) (h, w), the manifest says" in "".join(batch.skipped_B)
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_link_out_of_the_root_is_never_followed(manifest, broken, tmp_path, skip_bad):
+    """Also where the manifest was given, so that no preflight saw it."""
+    moved, row = broken
+    path = Path(moved.uri(row))
+    path.rename(tmp_path / "secret.jpg")
+    path.symlink_to("../secret.jpg")
+    with pytest.raises(
+        UserError, match=rf"{path.name} is refused: it is a symbolic link that leaves {tmp_path}/images"
+    ):
+        load(shard(moved, plan_of(manifest).assign(0, 1), replace(TRAIN, skip_bad=skip_bad)))

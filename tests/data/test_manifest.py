@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ray_det.data import coco
 from ray_det.data.headers import Header
-from ray_det.data.manifest import SCHEMA, Manifest, build, read_manifest, write_manifest
+from ray_det.data.manifest import SCHEMA, Manifest, build, content_hash, read_manifest, write_manifest
 from ray_det.data.preflight import inspect
 from ray_det.data.prepare import make
 from ray_det.types import UserError
@@ -194,10 +194,25 @@ def test_uri_joins_root_and_name() -> None:
     manifest = manifest_of(messy())
     assert manifest.uri(2) == "/data/900.jpg"
     assert replace(manifest, root="s3://bucket/x/").uri(0) == "s3://bucket/x/5.jpg"
-    column = manifest.table.schema.get_field_index("uri")
-    absolute = pa.array(["/a/b.jpg", "gs://c/d.jpg", "e/f.jpg", "", "", ""])
-    moved = replace(manifest, table=manifest.table.set_column(column, "uri", absolute))
-    assert [moved.uri(i) for i in range(3)] == ["/a/b.jpg", "gs://c/d.jpg", "/data/e/f.jpg"]
+
+
+def test_a_file_root_is_a_path_so_that_links_out_of_it_are_seen(tmp_path: Path) -> None:
+    write_manifest(replace(manifest_of(messy()), root="file:///data"), tmp_path / "m.parquet")
+    assert read_manifest(tmp_path / "m.parquet").root == "/data"
+
+
+@pytest.mark.parametrize("name", ["/a/b.jpg", "../b.jpg", "a/../../b.jpg", "gs://c/d.jpg", "a\\b.jpg", "a\0.jpg"])
+def test_a_file_whose_names_leave_its_root_is_refused(tmp_path: Path, name: str) -> None:
+    """Given as --data.train it passes no preflight."""
+    document = messy()
+    document["images"] = [{"id": 1, "file_name": "INNOCENT.jpg"}]
+    manifest = manifest_of(document)
+    table = manifest.table.set_column(1, SCHEMA.field("uri"), pa.array([name]))
+    hostile = replace(manifest, table=table, hash=content_hash(table, manifest.classes))
+    write_manifest(hostile, tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="is refused: it") as caught:
+        read_manifest(tmp_path / "m.parquet")
+    assert repr(name) in str(caught.value) and "/data" in str(caught.value)
 
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ray_det.data import coco, files
 from ray_det.data.headers import CHUNK_FILES, Header, read_headers, scan
 from ray_det.data.manifest import build
 from ray_det.data.preflight import KINDS, PreflightReport, inspect, require_trainable
-from ray_det.types import UserError
+from ray_det.types import ImageLimits, UserError
 
 REAL = os.environ.get("RAY_DET_REAL_DATA")
 NAN, INF = float("nan"), float("inf")
@@ -30,6 +30,12 @@ def save(path: Path, *, orientation: int | None = None, mode: str = "RGB") -> No
         exif[0x0112] = orientation
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+
+
+def save_two(path: Path) -> None:
+    """Two pictures of that size in one file."""
+    first, second = (Image.new("RGB", (64, 48), colour) for colour in ("red", "blue"))
+    first.save(path, save_all=True, append_images=[second])
 
 
 def read(document: dict[str, Any]) -> coco.CocoData:
@@ -54,8 +60,9 @@ GOOD: list[float] = [4, 4, 20, 10]
 @pytest.fixture
 def planted(tmp_path: Path) -> dict[str, Any]:
     """A data set under tmp_path in which every kind of finding is found once (EXIF orientation twice)."""
-    for name in ("good.jpg", "size.jpg", "empty.jpg", "twice.jpg", "other.jpg", "cut.png"):
+    for name in ("good.jpg", "size.jpg", "twice.jpg", "other.jpg", "cut.png"):
         save(tmp_path / name)
+    save_two(tmp_path / "empty.webp")
     save(tmp_path / "turned.jpg", orientation=6)
     save(tmp_path / "half.jpg", orientation=3)
     save(tmp_path / "sub" / "gray.png", mode="L")
@@ -69,7 +76,7 @@ def planted(tmp_path: Path) -> dict[str, Any]:
         image(5, "turned.jpg", 48, 64),
         image(6, "half.jpg"),
         image(7, "sub/gray.png"),
-        image(8, "empty.jpg"),
+        image(8, "empty.webp"),
         image(9, "twice.jpg"),
         image(10, "./twice.jpg"),
         image(11, "other.jpg"),
@@ -102,7 +109,8 @@ def test_finds_each_kind_with_file_annotation_and_value(planted: dict, tmp_path:
         "size_turned": ("turned.jpg", None, "declared 48 x 64, stored 64 x 48, EXIF orientation 6"),
         "exif_orientation": ("turned.jpg", None, "6"),
         "mode_not_rgb": ("sub/gray.png", None, "L"),
-        "image_without_boxes": ("empty.jpg", None, "no boxes"),
+        "several_frames": ("empty.webp", None, "first frame"),
+        "image_without_boxes": ("empty.webp", None, "no boxes"),
         "duplicate_file_name": ("./twice.jpg", None, "image id 10"),
         "duplicate_image_id": ("other.jpg", None, "image id 11"),
         "non_finite_box": ("good.jpg", 1, "[nan, 1, 2, 3]"),
@@ -266,11 +274,36 @@ def test_headers_of_odd_files(tmp_path: Path) -> None:
     assert all(h.problem and str(tmp_path) not in h.problem and "\n" not in h.problem for h in broken)
 
 
-def test_bomb_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    header = read_headers((str(tmp_path), ["a.png"]))[0]
-    assert (header.state, header.problem) == ("unreadable", "more pixels than the decoder accepts")
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        (ImageLimits(pixels=64 * 48 - 1), "64 x 48 are more pixels than max_pixels 3071"),
+        (ImageLimits(bytes=1000), "bytes are more than max_bytes 1000"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_a_file_over_a_limit_is_unreadable(tmp_path: Path, name: str, limits: ImageLimits, problem: str) -> None:
+    save(tmp_path / name)
+    header = read_headers((str(tmp_path), [name]), limits)[0]
+    assert header.state == "unreadable" and header.problem.endswith(problem)
+    assert read_headers((str(tmp_path), [name]), ImageLimits(64 * 48, 10**5))[0].state == "ok"
+
+
+def test_a_pipe_is_unreadable_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    header = read_headers((str(tmp_path), ["a.jpg"]))[0]
+    assert (header.state, header.problem) == ("unreadable", "OSError: not a plain file")
+
+
+def test_several_frames_are_told_once_per_file(tmp_path: Path) -> None:
+    names = [f"a.{kind}" for kind in ("gif", "webp", "png", "mpo", "tif", "avif")]
+    for name in names:
+        save_two(tmp_path / name)
+    save(tmp_path / "still.gif")
+    images = [image(i, name) for i, name in enumerate([*names, "still.gif"], start=1)]
+    _, report = inspect(read(document(images, [])), str(tmp_path))
+    assert [f.file for f in report.findings["several_frames"]] == names
+    assert report.errors == 0
 
 
 def test_chunks_are_mapped_by_the_given_function_in_order(tmp_path: Path) -> None:

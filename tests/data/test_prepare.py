@@ -17,7 +17,7 @@ from PIL import Image
 from ray_det.data.headers import map_in_threads
 from ray_det.data.manifest import write_manifest
 from ray_det.data.prepare import make, prepare, same_classes
-from ray_det.types import ClassList, UserError
+from ray_det.types import ClassList, ImageLimits, UserError
 
 
 def write(path: Path, names: list[str], **more: Any) -> str:
@@ -127,6 +127,12 @@ def test_cache_is_made_anew_when_anything_changes(source: str, tmp_path: Path, c
     change(tmp_path)
     prepare(source, None, tmp_path / "cache", map_chunks=spy)
     assert spy.calls == 2
+
+
+def test_other_limits_are_another_preflight(source: str, tmp_path: Path) -> None:
+    assert prepare(source, None, tmp_path / "cache")[0].table["readable"].to_pylist() == [True, True]
+    small = prepare(source, None, tmp_path / "cache", limits=ImageLimits(pixels=64 * 48 - 1))[0]
+    assert small.table["readable"].to_pylist() == [False, False]
 
 
 def test_file_that_appears_later_is_seen(source: str, tmp_path: Path) -> None:

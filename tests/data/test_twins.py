@@ -74,7 +74,7 @@ def test_only_lookalikes_are_read_and_only_once(
 ) -> None:
     prepared, read = manifests(mixed), []
 
-    def spy(path: str, patience_s: float = 0) -> bytes:
+    def spy(path: str, *limits: float | None) -> bytes:
         read.append(os.path.basename(path))
         return Path(path).read_bytes()
 

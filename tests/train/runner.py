@@ -1,7 +1,7 @@
 """The training loop in plain processes: `python -m tests.train.runner SPEC.json RANK`, or `run_alone(spec)` here.
 
 A spec: config (of a `TrainJobConfig`), world, checkpoint (folder or null), frozen_norms (all batch norms). Every
-checkpoint that the loop commits is kept under `<storage>/<name>/kept/`.
+checkpoint that the loop commits is kept under `<storage>/<name>/kept/`, what it tells the driver in `messages.txt`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
         stream=_stream,
         newest=partial(_newest, folder, spec),
         commit=partial(_keep, folder),
-        notify=lambda update: None,
+        notify=partial(_tell, folder),
         asked=Asked,
         preempted=lambda: False,
         at=lambda phase, step: None,
@@ -90,6 +90,12 @@ def _newest(folder: Path, spec: dict[str, Any], before: int | None) -> Iterator[
         kept.pop()
     path = kept[-1] if kept else spec.get("checkpoint")
     yield Checkpoint.open(Path(path)) if path else None
+
+
+def _tell(folder: Path, update: dict[str, Any]) -> None:
+    if "message" in update:
+        with (folder / "messages.txt").open("a") as file:
+            file.write(update["message"] + "\n")
 
 
 def _keep(folder: Path, staged: Path | None, name: str) -> None:
