@@ -105,9 +105,7 @@ class WandbRun:
             self._sent = _sent_to_server(self._run)
         elif before is not None:
             self._sent = before
-        else:  # no trace of an earlier start here: what other machines logged, theirs have
-            for record in known:
-                self._sent.add(kind_of(record), record["global_step"])
+        # With neither, what an earlier start logged offline is lost with its machine: all of it is sent.
         for record in known:
             self.send(kind_of(record), record)
 

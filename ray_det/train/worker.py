@@ -69,9 +69,12 @@ def _train(payload: Payload) -> None:
     rank, world, run = context.get_world_rank(), context.get_world_size(), payload.run
     line = _Line(payload.board, look=rank == 0 and payload.room.several_nodes)
     watch = Watch(rank, payload.config.workers.stall_timeout_s, line.tell)
-    with tempfile.TemporaryDirectory(prefix="ray_det_") as temporary, watch.watching(), _warnings(line, rank):
+    # The next start on this node finds it, and does not leave another one.
+    temporary = Path(tempfile.gettempdir(), f"ray_det_{payload.run_id}_{rank}")
+    with watch.watching(), _warnings(line, rank):
         _require_shared(run, payload.run_id)
-        folder = run.local or Path(temporary)
+        folder = run.local or temporary
+        folder.mkdir(parents=True, exist_ok=True)
         group = _host_group(world)
         if rank == 0:
             _fetch_log(run, folder)
@@ -90,11 +93,12 @@ def _train(payload: Payload) -> None:
             at=watch.at,
             folder=folder,
         )
-        job = Job(payload.config, _read_manifests(run, Path(temporary)), payload.run_id, run, payload.started_at)
+        job = Job(payload.config, _read_manifests(run, temporary), payload.run_id, run, payload.started_at)
         loop.run(job, runtime)
         if rank == 0 and not run.local:
             shutil.rmtree(folder / "staging", ignore_errors=True)
             run.upload(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Line:
@@ -196,6 +200,7 @@ def _fetch_log(run: Folder, folder: Path) -> None:
     """Clear what a killed start left staged; bring the logs of a remote run folder here."""
     shutil.rmtree(folder / "staging", ignore_errors=True)
     for log in () if run.local else LOGS:
+        (folder / log).unlink(missing_ok=True)
         if run.exists(log):
             run.download(folder / log, log)
 
@@ -207,6 +212,6 @@ def _read_manifests(run: Folder, temporary: Path) -> dict[str, Manifest]:
         if not run.exists(name):
             continue
         if not run.local:
-            run.download(temporary / f"{split}.parquet", name)
-        manifests[split] = read_manifest((run.local / name) if run.local else temporary / f"{split}.parquet")
+            run.download(temporary / name, name)
+        manifests[split] = read_manifest((run.local or temporary) / name)
     return manifests

@@ -44,12 +44,11 @@ def require_same(run: Path, undisturbed: Path) -> None:
     """Bit-equal weights and log; in wandb's files one run and every step once."""
     assert records(run) == records(undisturbed)
     same_checkpoint(run / "best", undisturbed / "best")
-    last = f"checkpoint_{EPOCHS * STEPS:08d}_test"
-    same_checkpoint(newest(run), undisturbed / "kept" / last)
+    same_checkpoint(newest(run), max((undisturbed / "kept").glob("*_test")))
     files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
     assert len({file.name for file in files}) == 1
     steps = [row["_step"] for file in files for row in read_history(file) if "train/batch_loss" in row]
-    assert steps == list(range(1, EPOCHS * STEPS + 1))
+    assert steps == [record["global_step"] for record in records(run) if "train/batch_loss" in record]
 
 
 def steps_done(run: Path) -> int:
