@@ -69,7 +69,7 @@ def _xywh(box: list[float]) -> dict:
     return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
 
 
-@pytest.mark.parametrize("family", CNNS)
+@pytest.mark.parametrize("family", [f if f == "fcos" else pytest.param(f, marks=pytest.mark.slow) for f in CNNS])
 def test_cnns_find_what_they_learned(family):
     detector, pictures, _ = train(family)
     with torch.inference_mode():

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_det.cluster import prepare_environment
 from tests.jobs.run import JOBS
 from tests.ranks import ROOT
 
@@ -64,12 +63,10 @@ class Nodes:
 
 
 @contextmanager
-def nodes(home: Path, workers: int, store_bytes: int = 80 << 20) -> Iterator[Nodes]:
-    """A cluster; its home is temporary, Ray keeps a token there."""
+def nodes(workers: int, store_bytes: int = 80 << 20) -> Iterator[Nodes]:
+    """A cluster beside that of the fixture `ray_cluster`, which has made Ray's token: a process knows one only."""
     before = dict(os.environ)
-    os.environ["HOME"] = str(home)
     os.environ["RAY_memory_monitor_refresh_ms"] = "0"
-    prepare_environment()
     made = Nodes(workers, store_bytes)
     try:
         yield made

@@ -7,6 +7,7 @@ checkpoint that the loop commits is kept under `<storage>/<name>/kept/`, what it
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def _tell(folder: Path, update: dict[str, Any]) -> None:
 def _keep(folder: Path, staged: Path | None, name: str) -> None:
     if staged:
         shutil.rmtree(folder / "kept" / name, ignore_errors=True)
-        shutil.copytree(staged, folder / "kept" / name)
+        shutil.copytree(staged, folder / "kept" / name, copy_function=os.link)
     if dist.is_initialized():
         dist.barrier()
 

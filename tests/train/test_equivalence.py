@@ -94,7 +94,11 @@ def settled(small_coco: dict[str, Path], storage: Path, family: str) -> dict[str
     return asked
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+QUICK = ("fcos", "fasterrcnn", "d_fine", "rt_detr_v2")
+"""The other families are `slow`."""
+
+
+@pytest.fixture(scope="module", params=[f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def alone(request, small_coco, tmp_path_factory):
     """(family, spec, records) of one worker."""
     storage = tmp_path_factory.mktemp("alone")
@@ -114,7 +118,7 @@ def test_the_curve_is_the_golden_one(alone):
         assert curve(found, name) == expected, f"{name}; written with {golden['versions']}"
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_change_nothing(alone, world, tmp_path):
     """Losses of 21 steps in fp32 to 1e-3; every val image once (asserted by the run itself)."""
     family, asked, expected = alone

@@ -19,7 +19,7 @@ from tests.train.disturb import STEPS, config, require_same, steps_done, write
 from tests.train.nodes import WORKER_CPUS, Nodes, nodes
 from tests.train.runner import records, run_alone, run_world
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
 def two_workers(small_coco: dict[str, Path], storage: Path, **workers: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def test_a_node_taken_away_with_notice_and_one_without_change_nothing(small_coco
     """The notice costs no failure and no step; the loss one failure and the steps since the last checkpoint."""
     asked = two_workers(small_coco, tmp_path / "runs", max_failures=1)
     run = tmp_path / "runs" / "run"
-    with nodes(tmp_path, workers=4) as cluster:
+    with nodes(workers=4) as cluster:
         driver = cluster.start(write(asked))
         wait_for_step(run, STEPS + 3, driver)
         cluster.drain(node_of_a_worker(cluster), deadline_s=120)
@@ -72,14 +72,13 @@ def test_a_node_taken_away_with_notice_and_one_without_change_nothing(small_coco
     require_same(run, undisturbed)
 
 
-@pytest.mark.slow
 def test_workers_leave_and_come_and_the_curve_stays(small_coco, tmp_path):
     """2 -> 1 -> 2 workers: the same micro-batches in the same steps, and the losses to rounding."""
     asked = two_workers(small_coco, tmp_path / "runs", num="1..2", resize_interval_s=3)
     asked["train"]["epochs"] = epochs = 20
     asked["eval"]["every_epochs"] = epochs
     run = tmp_path / "runs" / "run"
-    with nodes(tmp_path, workers=2) as cluster:
+    with nodes(workers=2) as cluster:
         driver = cluster.start(write(asked))
         wait_for_step(run, STEPS + 3, driver)
         cluster.remove(node_of_a_worker(cluster))
@@ -96,7 +95,6 @@ def test_workers_leave_and_come_and_the_curve_stays(small_coco, tmp_path):
             assert one["train/batch_loss"] == pytest.approx(other["train/batch_loss"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_a_killed_driver_goes_on_with_another_number_of_workers(small_coco, undisturbed, tmp_path):
     asked = two_workers(small_coco, tmp_path / "runs", num=1, cpus=1)
     file, run = write(asked), tmp_path / "runs" / "run"

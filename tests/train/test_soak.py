@@ -121,12 +121,13 @@ def a_train_worker(chance: random.Random) -> psutil.Process:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_half_an_hour_of_faults_changes_nothing(tmp_path):
     asked = job(tmp_path)
     undisturbed = run_world({"config": asked, "world": 2}, tmp_path)
     asked |= {"storage": "s3://bucket/runs", "workers": asked["workers"] | {"cpus": WORKER_CPUS}}
     chance, happened = random.Random(0), []
-    with s3_server(tmp_path / "s3") as s3, nodes(tmp_path, workers=3) as cluster:
+    with s3_server(tmp_path / "s3") as s3, nodes(workers=3) as cluster:
         watcher = Watcher(cluster.start(write(asked, tmp_path / "config")))
         watcher.wait_for_progress()
         while watcher.driver.poll() is None:
