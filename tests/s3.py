@@ -28,7 +28,7 @@ class S3Server:
         (folder / "master").mkdir()
         admin = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
         (folder / "s3.json").write_text(json.dumps({"identities": [admin]}))
-        self._ports = _free_ports(8)
+        self._ports = free_ports(8)
         self.endpoint = f"127.0.0.1:{self._ports[6]}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -122,7 +122,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
                 os.environ[name] = value
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

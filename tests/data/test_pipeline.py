@@ -1,11 +1,21 @@
 """The Ray Data pipeline gives exactly what a plain call gives, in order."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from ray_det.config import DatasetConfig
 from ray_det.data import collate
+from ray_det.data.collate import LoadSpec, Shard, shard
+from ray_det.data.plan import plan_epoch
+from ray_det.data.prepare import make
 from ray_det.types import UserError
 from tests.data.test_collate import TRAIN, manifest, plan_of, same  # noqa: F401  the fixture
+from tests.ranks import ROOT
 
 pytestmark = pytest.mark.ray
 
@@ -38,3 +48,42 @@ def test_map_chunks_keeps_the_order():
     from ray_det.data.pipeline import ray_map_chunks
 
     assert ray_map_chunks(lambda chunk: int(np.sum(chunk)), [[1, 2], [3], [4, 5]]) == [3, 3, 9]
+
+
+SMALL_STORE = """
+import logging, sys
+from pathlib import Path
+import ray
+from ray_det.cluster import prepare_environment
+from ray_det.data.pipeline import stream
+from tests.data.test_pipeline import large_batches
+from ray_det.data.collate import load
+prepare_environment()
+quiet = dict(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+ray.init(num_cpus=3, object_store_memory=80 << 20, **quiet)
+work = large_batches(Path(sys.argv[1]))
+for i, batch in enumerate(stream(work, loader_cpus=2)):
+    (expected,) = load(work, i, i + 1)
+    assert (batch.pixels_BHW3 == expected.pixels_BHW3).all(), i
+print(i + 1, batch.pixels_BHW3.nbytes >> 20)
+"""
+
+
+def large_batches(json_path: Path) -> Shard:
+    """Micro-batches of which an object store of 80 MB holds one, and a part of the next."""
+    images, _ = make(str(json_path), None)
+    table, config = images.table, DatasetConfig(image_size=1600, resize="square")
+    sizes = table["height"].to_numpy(), table["width"].to_numpy()
+    rows = np.flatnonzero(table["trainable"].to_numpy())
+    plan = plan_epoch(*sizes, rows, config, micro_batches=1, micro_batch_size=7, divisor=32, seed=0, epoch=0)
+    return shard(images, plan.assign(0, 1), LoadSpec("square", "mean", seed=0, augment=None))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_object_store_of_80_mb_is_enough(small_coco, tmp_path):
+    environment = os.environ | {"HOME": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", SMALL_STORE, str(small_coco["train"])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["3", "51"]

@@ -30,6 +30,7 @@ MINUTES = float(os.environ.get("RAY_DET_SOAK_MINUTES", "30"))
 PAUSE_S = 60.0
 STEPS_PER_MINUTE = 150  # undisturbed it does several times that
 EPOCH_STEPS = 150
+STEP_LINE = r"step \d+/\d+"
 FAULTS = ("worker", "node", "notice", "storage")
 
 
@@ -65,10 +66,9 @@ class Watcher:
                 return int(found[1])
         return 0
 
-    def wait_for_progress(self) -> None:
-        """Until a step is reported after now."""
-        seen = len(self.lines)
-        while self.driver.poll() is None and not any("] " in line for line in self.lines[seen:]):
+    def wait_for(self, pattern: str, seen: int) -> None:
+        """Until the driver has printed such a line, after `seen` lines, or ended."""
+        while self.driver.poll() is None and not any(re.search(pattern, line) for line in self.lines[seen:]):
             time.sleep(0.1)
 
     def _read(self) -> None:
@@ -106,6 +106,18 @@ def disturb(kind: str, cluster: Nodes, s3: S3Server, chance: random.Random) -> N
         cluster.remove(node)
 
 
+def inflict(kind: str, watcher: Watcher, cluster: Nodes, s3: S3Server, chance: random.Random) -> None:
+    """A fault, and the time until the run goes on."""
+    watcher.say(f"{kind}, after step {watcher.steps}")
+    began, seen, restarts = time.monotonic(), len(watcher.lines), len(watcher.restarts)
+    disturb(kind, cluster, s3, chance)
+    if kind != "storage":
+        watcher.wait_for("^goes on from", seen)
+    watcher.wait_for(STEP_LINE, len(watcher.lines))
+    for at, step in watcher.restarts[restarts:]:
+        watcher.say(f"  {kind}: back after {at - began:.0f} s, from step {step}")
+
+
 def a_train_worker(chance: random.Random) -> psutil.Process:
     while True:
         found = []
@@ -129,18 +141,13 @@ def test_half_an_hour_of_faults_changes_nothing(tmp_path):
     chance, happened = random.Random(0), []
     with s3_server(tmp_path / "s3") as s3, nodes(workers=3) as cluster:
         watcher = Watcher(cluster.start(write(asked, tmp_path / "config")))
-        watcher.wait_for_progress()
+        watcher.wait_for(STEP_LINE, 0)
         while watcher.driver.poll() is None:
             time.sleep(max(0.0, PAUSE_S * (len(happened) + 1) - (time.monotonic() - watcher.began)))
             if watcher.driver.poll() is None:
                 kind = FAULTS[len(happened) % len(FAULTS)] if len(happened) < len(FAULTS) else chance.choice(FAULTS)
-                watcher.say(f"fault {len(happened) + 1}: {kind}, after step {watcher.steps}")
-                began = time.monotonic()
-                disturb(kind, cluster, s3, chance)
+                inflict(kind, watcher, cluster, s3, chance)
                 happened.append(kind)
-                watcher.wait_for_progress()
-                back = [f"{at - began:.0f} s, from step {step}" for at, step in watcher.restarts if at > began]
-                watcher.say(f"  back after {', '.join(back) or 'no restart'}")
         assert watcher.driver.returncode == 0, "\n".join(watcher.lines[-30:])
         Folder.at("s3://bucket/runs").download(tmp_path / "run", "run")
     watcher.say(f"ended after {len(happened)} faults: { ({kind: happened.count(kind) for kind in FAULTS}) }")
