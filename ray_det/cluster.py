@@ -45,6 +45,7 @@ def start_ray(workers: WorkersConfig) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
     fitting = min(workers.most, int(cores // workers.cpus))
     ray.init(
+        "local",  # a cluster that happens to run here is another's
         num_cpus=cores + int(-(-fitting * workers.cpus // 1)),
         include_dashboard=False,  # seconds of start-up and a process that computes beside the training
         log_to_driver=False,

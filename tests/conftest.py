@@ -55,7 +55,7 @@ def ray_cluster(tmp_path_factory):
     old_home = os.environ.get("HOME")
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     prepare_environment()
-    ray.init(num_cpus=5, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=300 << 20)
+    ray.init("local", num_cpus=5, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=300 << 20)
     yield
     ray.shutdown()
     if old_home:

@@ -60,7 +60,7 @@ from tests.data.test_pipeline import large_batches
 from ray_det.data.collate import load
 prepare_environment()
 quiet = dict(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-ray.init(num_cpus=3, object_store_memory=80 << 20, **quiet)
+ray.init("local", num_cpus=3, object_store_memory=80 << 20, **quiet)
 work = large_batches(Path(sys.argv[1]))
 for i, batch in enumerate(stream(work, loader_cpus=2)):
     (expected,) = load(work, i, i + 1)

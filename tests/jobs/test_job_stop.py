@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -35,10 +36,14 @@ def head(tmp_path) -> Iterator[dict[str, str]]:
     }
     options = ["--port", port, "--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent]
     options += ["--dashboard-agent-grpc-port", grpc, "--num-cpus", "4", "--disable-usage-stats", "--block"]
+    options += ["--temp-dir", mkdtemp(prefix="ray")]  # a short path; the usual one would show this head to others
     own = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
     with (tmp_path / "head.log").open("w") as log:
         process = subprocess.Popen([RAY, "start", "--head", *options], env=own, stdout=log, stderr=log)
     try:
+        while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
+            assert process.poll() is None, (tmp_path / "head.log").read_text()
+            time.sleep(1)
         yield environment
     finally:
         process.terminate()
@@ -64,8 +69,7 @@ def test_a_stopped_job_keeps_a_checkpoint_and_goes_on(head, small_coco, tmp_path
     submit = ["submit", "--no-wait", "--runtime-env-json", json.dumps(STOP), "--submission-id"]
     entry = ["--", sys.executable, "-W", "ignore", str(JOBS / "train.py")]
     entry += ["--config", str(write(config(small_coco, tmp_path / "runs")))]
-    while "submitted successfully" not in job(head, *submit, "first", *entry):
-        time.sleep(1)  # the head is starting
+    assert "submitted successfully" in (said := job(head, *submit, "first", *entry)), said
     while steps_done(run) < STEPS + 3:
         assert "FAILED" not in job(head, "status", "first"), job(head, "logs", "first")
         time.sleep(0.05)
@@ -75,6 +79,6 @@ def test_a_stopped_job_keeps_a_checkpoint_and_goes_on(head, small_coco, tmp_path
     stopped_at = steps_done(run)
     assert stopped_at < EPOCHS * STEPS
     assert json.loads((newest(run) / "state.json").read_text())["state"]["global_step"] == stopped_at
-    job(head, *submit, "second", *entry)
+    assert "submitted successfully" in (said := job(head, *submit, "second", *entry)), said
     wait_for(head, "second", "SUCCEEDED")
     require_same(run, undisturbed)

@@ -63,11 +63,11 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
     return folder
 
 
-def run_world(spec: dict[str, Any], scratch: Path) -> Path:
+def run_world(spec: dict[str, Any], scratch: Path, timeout_s: float = 240) -> Path:
     """Run `world` processes to their end; -> the run folder."""
     file = scratch / "spec.json"
     file.write_text(json.dumps(spec))
-    run_ranks("tests.train.runner", file, spec["world"])
+    run_ranks("tests.train.runner", file, spec["world"], timeout_s)
     return Path(spec["config"]["storage"]) / spec["config"]["name"]
 
 
