@@ -32,6 +32,11 @@ class Board:
         updates, self._updates = self._updates, []
         return updates
 
+    def failed(self, why: str) -> None:
+        """Tell the driver why workers are started again; not where they end for good, which it says itself."""
+        if not self._ending:
+            self.post({"message": why})
+
     def end(self, how: Exception) -> None:
         """Note an end after which the workers must not be started again; the first one counts."""
         self._ending = self._ending or how

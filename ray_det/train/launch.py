@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
@@ -64,21 +64,22 @@ def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: l
 
 def _fit(job: Job, room: Room) -> None:
     """Fit to the end: anew, from the last checkpoint, after every node that the cluster announced to take away."""
-    ending: Exception | None = None
     error: Exception | None = None
     for _ in range(job.config.workers.max_preemption_failures + 1):
         board = start_board()
         with _signals() as asked, TemporaryDirectory(prefix="ray_det_") as scratch:
             error = _follow(_trainer(job, room, board, scratch), board, asked)
-        ending = ray.get(board.ending.remote())
+        ending: Exception | None = cast(Any, ray.get(board.ending.remote()))
+        if ending and not isinstance(ending, Preempted):
+            raise ending
         if asked and finished_summary(job) is None:
             raise Stopped(f"the same command goes on: {job.run.uri}", asked[0])
-        if not isinstance(ending, Preempted):
+        if not ending:
             break
     else:
         raise TrainingError(f"more than {job.config.workers.max_preemption_failures} nodes were taken away")
-    if failure := ending or error:
-        raise failure
+    if error:
+        raise error
 
 
 def _trainer(job: Job, room: Room, board: Any, scratch: str) -> TorchTrainer:

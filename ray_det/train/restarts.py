@@ -16,7 +16,7 @@ class Restarts(UserCallback):
         self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._board.post.remote({"message": failures_in_short(worker_exceptions)})
+        self._board.failed.remote(failures_in_short(worker_exceptions))
 
 
 def failures_in_short(worker_exceptions: dict[int, Exception]) -> str:
