@@ -51,6 +51,8 @@ class S3Server:
             "filer.localSocket": self._folder / "filer.sock",
             "s3.port": s3,
             "s3.port.grpc": s3_grpc,
+            "s3.port.iceberg": "0",
+            "s3.port.lance": "0",
             "s3.config": self._folder / "s3.json",
         }
         weed = str(Path(sys.executable).with_name("weed"))
@@ -92,6 +94,7 @@ class S3Server:
                     stream.write(b"1")
                 return
             except OSError:
+                assert self._process and self._process.poll() is None, (self._folder / "log").read_text()[-3000:]
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
