@@ -11,7 +11,7 @@ from tests.report.wandb_server import HANG, wandb_server
 
 __all__ = ["alone"]  # a fixture
 
-FAILURES = pytest.mark.parametrize("status", [401, 429, 500, HANG])
+FAILURES = pytest.mark.parametrize("status", [401, pytest.param(429, marks=pytest.mark.slow), 500, HANG])
 
 
 @pytest.fixture

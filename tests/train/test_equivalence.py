@@ -94,7 +94,7 @@ def settled(small_coco: dict[str, Path], storage: Path, family: str) -> dict[str
     return asked
 
 
-QUICK = ("fcos", "fasterrcnn", "d_fine", "rt_detr_v2")
+QUICK = ("fcos", "d_fine", "rt_detr_v2")
 """The other families are `slow`."""
 
 

@@ -143,7 +143,7 @@ def test_half_an_hour_of_faults_changes_nothing(tmp_path):
     chance, happened = random.Random(0), []
     with s3_server(tmp_path / "s3") as s3, nodes(workers=3) as cluster:
         watcher = Watcher(cluster.start(write(asked, tmp_path / "config")))
-        watcher.wait_for(STEP_LINE, 0)
+        watcher.wait_for("^epoch 1/.* loss", 0)  # by then there is a checkpoint
         while watcher.driver.poll() is None:
             time.sleep(max(0.0, PAUSE_S * (len(happened) + 1) - (time.monotonic() - watcher.began)))
             if watcher.driver.poll() is None:
