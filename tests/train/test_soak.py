@@ -113,7 +113,7 @@ def inflict(kind: str, watcher: Watcher, cluster: Nodes, s3: S3Server, chance: r
     began, seen, restarts = time.monotonic(), len(watcher.lines), len(watcher.restarts)
     disturb(kind, cluster, s3, chance)
     if kind != "storage":
-        watcher.wait_for("^goes on from", seen)
+        watcher.wait_for("^goes on from|steps per epoch", seen)
     watcher.wait_for(STEP_LINE, len(watcher.lines))
     for at, step in watcher.restarts[restarts:]:
         watcher.say(f"  {kind}: back after {at - began:.0f} s, from step {step}")
@@ -143,7 +143,7 @@ def test_half_an_hour_of_faults_changes_nothing(tmp_path):
     chance, happened = random.Random(0), []
     with s3_server(tmp_path / "s3") as s3, nodes(workers=3) as cluster:
         watcher = Watcher(cluster.start(write(asked, tmp_path / "config")))
-        watcher.wait_for("^epoch 1/.* loss", 0)  # by then there is a checkpoint
+        watcher.wait_for(r"^epoch 1/\d+: loss", 0)  # by then there is a checkpoint
         while watcher.driver.poll() is None:
             time.sleep(max(0.0, PAUSE_S * (len(happened) + 1) - (time.monotonic() - watcher.began)))
             if watcher.driver.poll() is None:
