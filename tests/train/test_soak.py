@@ -162,7 +162,7 @@ def require_flat(watcher: Watcher) -> None:
     """Processes that lived through most of it have as much memory at the end as near the beginning."""
     longest = max(map(len, watcher.memory.values()))
     for (pid, name), weights in watcher.memory.items():
-        if len(weights) < 0.7 * longest:
+        if len(weights) < 0.7 * longest or name == "weed":  # the S3 server keeps what it holds in memory
             continue
         fifth = len(weights) // 5
         early, late = (statistics.median(part) for part in (weights[fifth : 2 * fifth], weights[-fifth:]))
