@@ -90,15 +90,16 @@ class Folder:
 
         self._do("write", name, copy)
 
-    def replace(self, source: Path, name: str) -> None:
-        """Move a local folder to `name`, in place of the one there.
+    def replace(self, source: Path, name: str, last: str) -> None:
+        """Move a local folder to `name`, in place of the one there; where there is `last` of its files, it is whole.
 
         On a local disk by renaming: whoever has the old one's files open keeps them, and a kill leaves the old one, the
         new one or none, never a mixture. `source` is on the same disk then.
         """
         if not (target := (self / name).local):
             (self / name).delete()
-            self.upload(source, name)
+            for file in sorted(source.iterdir(), key=lambda path: path.name == last):
+                self.upload(file, f"{name}/{file.name}")
             return shutil.rmtree(source)
         old = target.with_name(f".{name}.old")
         shutil.rmtree(old, ignore_errors=True)

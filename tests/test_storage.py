@@ -46,7 +46,7 @@ def test_replacing_leaves_nothing_of_the_one_before(folder, tmp_path):
         staged = Path(folder.uri if folder.local else tmp_path) / "staging"
         staged.mkdir(parents=True)
         (staged / name).write_text(name)
-        folder.replace(staged, "best")
+        folder.replace(staged, "best", last=name)
         assert not staged.exists()
     assert (folder / "best").names() == ["new"]
 

@@ -28,6 +28,8 @@ from ray_det.train.job import RunFacts
 from ray_det.types import ClassList, UserError
 
 FORMAT = 1
+LAST_FILE = "state.json"
+"""Written last: a folder that has it is a whole checkpoint."""
 Phase = Literal["train", "validate", "test"]
 
 

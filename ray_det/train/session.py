@@ -26,7 +26,7 @@ from ray_det.models.detector import Detector
 from ray_det.report.tracker import Tracker
 from ray_det.retry import patiently, reason
 from ray_det.storage import StorageError
-from ray_det.train.checkpoint import Checkpoint, TrainState, save_checkpoint
+from ray_det.train.checkpoint import LAST_FILE, Checkpoint, TrainState, save_checkpoint
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer, learning_rate
 from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
@@ -149,7 +149,7 @@ class Session:
         if self.runtime.is_main:
             staged = self.runtime.folder / "staging" / BEST
             self._stage(staged, None)
-            self.job.run.replace(staged, BEST)
+            self.job.run.replace(staged, BEST, last=LAST_FILE)
 
     def _stage(self, folder: Path, optimizer: torch.optim.Optimizer | None) -> None:
         def save() -> None:

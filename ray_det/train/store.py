@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ray_det.storage import Folder
-from ray_det.train.checkpoint import Checkpoint
+from ray_det.train.checkpoint import LAST_FILE, Checkpoint
 from ray_det.types import UserError
 
 log = logging.getLogger(__name__)
@@ -30,14 +30,18 @@ def name_of(global_step: int, phase: str) -> str:
 
 
 def keep(run: Folder, staged: Path, name: str) -> None:
-    """Move a staged checkpoint into the run folder, and delete all but the newest.
+    """Move a staged checkpoint into the run folder, and delete all but the newest whole ones.
 
     Raises:
         StorageError: the storage stayed out of reach, or full.
     """
-    run.replace(staged, name)
-    for old in _names(run)[KEPT:]:
-        (run / old).delete()
+    run.replace(staged, name, last=LAST_FILE)
+    whole = 0
+    for known in _names(run):
+        if whole == KEPT:
+            (run / known).delete()
+        elif not run.exists(f"{known}/{BROKEN}"):
+            whole += 1
 
 
 @contextmanager
@@ -54,8 +58,8 @@ def newest(run: Folder, before: int | None = None, *, mark: bool = True) -> Iter
     """
     problems: dict[str, str] = {}
     for name in _names(run):
-        if run.exists(f"{name}/{BROKEN}"):
-            continue
+        if run.exists(f"{name}/{BROKEN}") or not run.exists(f"{name}/{LAST_FILE}"):
+            continue  # marked, or an upload that was cut off
         with _local(run, name) as folder:
             try:
                 checkpoint = Checkpoint.open(folder)

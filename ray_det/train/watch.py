@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 NOTICE_S = 15.0
 """Seconds in one phase after which the rank says so: a slow storage or disk is no reason to end, and to be seen."""
@@ -53,7 +53,8 @@ class Watch:
                 if spent_s > self._timeout_s:
                     self._end()
                 if since != noticed:
-                    self._tell(f"slow: {self._report(spent_s)}")
+                    with suppress(Exception):  # nobody listens: no reason to watch no longer
+                        self._tell(f"slow: {self._report(spent_s)}")
                 noticed = since
 
         threading.Thread(target=watch, daemon=True).start()
