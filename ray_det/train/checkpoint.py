@@ -13,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
+from torch import Tensor
 
 from ray_det.config import TrainJobConfig
 from ray_det.models.build import build_detector
@@ -56,36 +58,69 @@ class TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)
 
 
-def save_checkpoint(
-    folder: Path, detector: Detector, optimizer: torch.optim.Optimizer | None, state: TrainState, facts: RunFacts
-) -> None:
-    """Write a checkpoint in place of the folder; without an optimizer it can be evaluated but not trained on.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold. Without an optimizer it can be evaluated but not trained on."""
 
-    Raises:
-        OSError: the disk is full, or broken.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        save_model(detector, str(folder / "model.safetensors"))
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    except (SafetensorError, RuntimeError) as error:  # as which both libraries report a full disk
-        size = sum(t.nbytes for t in detector.state_dict().values()) * (1 if optimizer is None else 3)
-        if (free := shutil.disk_usage(folder).free) > size:
-            raise
-        raise OSError(f"no space left: a checkpoint takes {size >> 20} MiB, {free >> 20} MiB are free") from error
-    content = {
-        "format": FORMAT,
-        "state": asdict(state),
-        "config": facts.config,
-        "classes": facts.classes.to_json(),
-        "architecture": detector.architecture,
-        "data_hashes": facts.data_hashes,
-        "run_id": facts.run_id,
-        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
-    }
-    (folder / "state.json").write_text(json.dumps(content, indent=1))
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+    architecture: dict[str, Any]
+    state: TrainState
+    facts: RunFacts
+
+    @classmethod
+    def of(
+        cls,
+        detector: Detector,
+        optimizer: torch.optim.Optimizer | None,
+        state: TrainState,
+        facts: RunFacts,
+        *,
+        copy: bool = False,
+    ) -> Snapshot:
+        """Of now. With `copy` training may go on while it is written: all tensors are copied, where they are."""
+        weights = detector.state_dict()
+        moments = optimizer.state_dict() if optimizer is not None else None
+        if copy:
+            weights, moments = deepcopy((weights, moments))  # tensors that share memory still do
+        return cls(weights, moments, detector.architecture, state, facts)
+
+    def write(self, folder: Path) -> None:
+        """Write it in place of the folder.
+
+        Raises:
+            OSError: the disk is full, or broken.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            save_file(_each_once(self.weights), folder / "model.safetensors")
+            if self.optimizer is not None:
+                torch.save(self.optimizer, folder / "optimizer.pt")
+        except (SafetensorError, RuntimeError) as error:  # as which both libraries report a full disk
+            size = sum(t.nbytes for t in self.weights.values()) * (1 if self.optimizer is None else 3)
+            if (free := shutil.disk_usage(folder).free) > size:
+                raise
+            raise OSError(f"no space left: a checkpoint takes {size >> 20} MiB, {free >> 20} MiB are free") from error
+        content = {
+            "format": FORMAT,
+            "state": asdict(self.state),
+            "config": self.facts.config,
+            "classes": self.facts.classes.to_json(),
+            "architecture": self.architecture,
+            "data_hashes": self.facts.data_hashes,
+            "run_id": self.facts.run_id,
+            "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / LAST_FILE).write_text(json.dumps(content, indent=1))
+
+
+def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the further names of a tensor, which safetensors refuses; `load_model` knows them from the module."""
+    found: dict[tuple[Any, ...], str] = {}
+    for name, tensor in weights.items():
+        found.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,), name)
+    return {name: weights[name].contiguous() for name in found.values()}
 
 
 def _sha256(path: Path) -> str:
