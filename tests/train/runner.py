@@ -1,8 +1,7 @@
 """The training loop in plain processes: `python -m tests.train.runner SPEC.json RANK`, or `run_alone(spec)` here.
 
-A spec: config (of a `TrainJobConfig`), world, checkpoint (folder or null), frozen_norms (all batch norms), commit_s
-(that keeping a checkpoint takes). Every checkpoint that the loop commits is kept under `<storage>/<name>/kept/`, what
-it tells the driver in `messages.txt`.
+A spec: config (of a `TrainJobConfig`), world, checkpoint (folder or null), frozen_norms (all batch norms). Every
+checkpoint that the loop commits is kept under `<storage>/<name>/kept/`, what it tells the driver in `messages.txt`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -53,7 +51,7 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
         threads=1,
         stream=_stream,
         newest=partial(_newest, folder, spec),
-        commit=partial(_keep, folder, spec.get("commit_s", 0.0)),
+        commit=partial(_keep, folder),
         notify=partial(_tell, folder),
         asked=Asked,
         preempted=lambda: False,
@@ -80,12 +78,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 
 
-def steps_done(folder: Path) -> int:
-    """Steps in metrics.jsonl."""
-    log = folder / "metrics.jsonl"
-    return log.read_text().count("train/batch_loss") if log.exists() else 0
-
-
 def _stream(work: Shard):
     for i in range(len(work.assignment)):
         yield from load(work, i, i + 1)
@@ -107,12 +99,7 @@ def _tell(folder: Path, update: dict[str, Any]) -> None:
             file.write(update["message"] + "\n")
 
 
-def _keep(folder: Path, commit_s: float, staged: Path, name: str) -> None:
-    """Also writes down which steps were logged when it began and when it ended."""
-    began = steps_done(folder)
-    time.sleep(commit_s)
-    with (folder / "commits.jsonl").open("a") as file:
-        file.write(json.dumps([name, began, steps_done(folder)]) + "\n")
+def _keep(folder: Path, staged: Path, name: str) -> None:
     shutil.rmtree(folder / "kept" / name, ignore_errors=True)
     shutil.copytree(staged, folder / "kept" / name, copy_function=os.link)
 
