@@ -76,13 +76,18 @@ class Snapshot:
         state: TrainState,
         facts: RunFacts,
         *,
-        copy: bool = False,
+        memory: HostMemory | None = None,
     ) -> Snapshot:
-        """Of now. With `copy` training may go on while it is written: all tensors are copied, where they are."""
-        weights = detector.state_dict()
+        """Of now. With `memory` its tensors are copied there, and training may go on while it is written."""
+        weights = _each_once(detector.state_dict())
         moments = optimizer.state_dict() if optimizer is not None else None
-        if copy:
-            weights, moments = deepcopy((weights, moments))  # tensors that share memory still do
+        if memory is not None:
+            weights = memory.copy("weights", weights)
+        if memory is not None and moments is not None:
+            per_parameter = {i: memory.copy(f"optimizer {i}", tensors) for i, tensors in moments["state"].items()}
+            moments = {"state": per_parameter, "param_groups": deepcopy(moments["param_groups"])}
+        if memory is not None:
+            memory.wait()
         return cls(weights, moments, detector.architecture, state, facts)
 
     def write(self, folder: Path) -> None:
@@ -94,7 +99,7 @@ class Snapshot:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
-            save_file(_each_once(self.weights), folder / "model.safetensors")
+            save_file(self.weights, folder / "model.safetensors")
             if self.optimizer is not None:
                 torch.save(self.optimizer, folder / "optimizer.pt")
         except (SafetensorError, RuntimeError) as error:  # as which both libraries report a full disk
@@ -121,6 +126,31 @@ def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         found.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,), name)
     return {name: weights[name].contiguous() for name in found.values()}
+
+
+class HostMemory:
+    """Host memory that one snapshot after the other is copied to: to fill fresh memory takes several times as long."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[str, str], Tensor] = {}
+
+    def copy(self, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of a group's tensors, by the same names; those of the group's last call are overwritten.
+
+        They come from a GPU without waiting: see `wait`.
+        """
+        copies = {}
+        for name, tensor in tensors.items():
+            known = self._copies.get((group, name))
+            if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
+                known = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = self._copies[group, name] = known.copy_(tensor, non_blocking=True)
+        return copies
+
+    def wait(self) -> None:
+        """Until all copies are whole."""
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
 
 
 def _sha256(path: Path) -> str:

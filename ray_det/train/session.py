@@ -26,7 +26,7 @@ from ray_det.models.detector import Detector
 from ray_det.report.tracker import Tracker
 from ray_det.retry import patiently, reason
 from ray_det.storage import StorageError
-from ray_det.train.checkpoint import LAST_FILE, Checkpoint, Snapshot, TrainState
+from ray_det.train.checkpoint import LAST_FILE, Checkpoint, HostMemory, Snapshot, TrainState
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer, learning_rate
 from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
@@ -86,6 +86,7 @@ class Session:
     tracker: Tracker | None  # rank 0's
     clock: Clock = field(default_factory=Clock)
     writer: Writer = field(default_factory=Writer)  # rank 0's has work
+    memory: HostMemory = field(default_factory=HostMemory)  # for what is being written
     saves: int = 0  # checkpoints that it kept
 
     @property
@@ -165,7 +166,8 @@ class Session:
         self.at("checkpoint")
         self.writer.wait()
         in_background = self.config.train.async_checkpoints
-        snapshot = Snapshot.of(self.detector, optimizer, self.state, self.job.facts, copy=in_background)
+        memory = self.memory if in_background else None
+        snapshot = Snapshot.of(self.detector, optimizer, self.state, self.job.facts, memory=memory)
         staged = self.runtime.folder / "staging" / name
 
         def write() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_det.train.checkpoint import Checkpoint, Snapshot, TrainState
+from ray_det.train.checkpoint import Checkpoint, HostMemory, Snapshot, TrainState
 from ray_det.train.job import RunFacts
 from ray_det.train.writer import Writer
 from tests.models.zoo import CLASSES, FAMILIES, build
@@ -23,17 +23,23 @@ FACTS = RunFacts({"model": FAMILIES["detr"].model_dump()}, CLASSES, {}, "id")
 
 @pytest.mark.parametrize("family", ["fcos", "detr"])
 def test_a_snapshot_stays_what_it_was(tmp_path, family):
-    detector = build(family)
+    detector, memory = build(family), HostMemory()
     optimizer = torch.optim.AdamW(detector.parameters(), lr=0.1)
     for parameter in detector.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     Snapshot.of(detector, optimizer, TrainState(), FACTS).write(tmp_path / "at once")
-    copied = Snapshot.of(detector, optimizer, TrainState(), FACTS, copy=True)
+    copied = Snapshot.of(detector, optimizer, TrainState(), FACTS, memory=memory)
     optimizer.step()
     copied.write(tmp_path / "later")
     same_checkpoint(tmp_path / "later", tmp_path / "at once")
     Checkpoint.open(tmp_path / "later").load_model(build(family))  # shared tensors are found again
+
+    Snapshot.of(detector, optimizer, TrainState(), FACTS).write(tmp_path / "second at once")
+    again = Snapshot.of(detector, optimizer, TrainState(), FACTS, memory=memory)
+    again.write(tmp_path / "second later")
+    same_checkpoint(tmp_path / "second later", tmp_path / "second at once")
+    assert all(again.weights[name] is tensor for name, tensor in copied.weights.items())  # no new memory
 
 
 @pytest.fixture
