@@ -54,7 +54,7 @@ def test_replacing_leaves_nothing_of_the_one_before(folder, tmp_path):
 def test_a_folder_that_is_cut_off_on_its_way_lacks_its_last_file(s3, tmp_path, monkeypatch):
     folder, staged, upload = Folder.at(f"s3://bucket/{tmp_path.name}"), tmp_path / "staging", Folder.upload
     staged.mkdir()
-    for name in ("a last", "b", "c"):
+    for name in ("a_last", "b", "c"):
         (staged / name).write_text(name)
     uploads = iter("12")
 
@@ -65,7 +65,7 @@ def test_a_folder_that_is_cut_off_on_its_way_lacks_its_last_file(s3, tmp_path, m
 
     monkeypatch.setattr(Folder, "upload", cut_off)
     with pytest.raises(StorageError):
-        folder.replace(staged, "checkpoint", last="a last")
+        folder.replace(staged, "checkpoint", last="a_last")
     assert (folder / "checkpoint").names() == ["b", "c"]
 
 
