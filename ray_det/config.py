@@ -48,6 +48,9 @@ class ModelConfig(Section):
         default={},
         description="JSON: fields of the transformers configuration, or arguments of the torchvision detector",
     )
+    freeze: tuple[str, ...] = Field(
+        default=(), description="modules whose weights and norms stay: backbone, or names such as backbone.body.conv1"
+    )
 
 
 class OptimConfig(Section):
@@ -59,6 +62,16 @@ class OptimConfig(Section):
     interval: Literal["epoch", "step"] = Field(default="epoch", description="when the schedule moves")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="linear warm-up, optimizer steps")
     clip_norm: NonNegative = Field(default=1.0, description="largest global gradient norm; 0: no clipping")
+    backbone_lr_factor: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="what the learning rate is multiplied by for the backbone, x"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="decay per step of a moving average of the weights, which is evaluated in their place; 0: none",
+    )
+    ema_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=2000, description="the decay of step n is multiplied by 1 - exp(-n / this); 0: no warm-up"
+    )
 
 
 class TrainConfig(Section):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -56,6 +56,10 @@ class DenseDetector(Detector):
         self.architecture = architecture
         names = ("classification", "bbox_regression")
         self.loss_names = (*names, "bbox_ctrness") if isinstance(net, FCOS) else names
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net.backbone.get_submodule("body")
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         return self.criterion(batch, self.outputs(batch))
@@ -121,6 +125,10 @@ class TwoStageDetector(Detector):
         super().__init__(IMAGENET_MEAN, IMAGENET_STD, pad)
         self.net = net
         self.architecture = architecture
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net.backbone.get_submodule("body")
 
     @property
     def rpn(self) -> RegionProposalNetwork:

@@ -76,6 +76,10 @@ class TransformersDetector(Detector):
         self._takes_mask = "pixel_mask" in inspect.signature(network.forward).parameters
         self._unreached: dict[bool, tuple[str, ...]] = {}
 
+    @property
+    def backbone(self) -> nn.Module | None:
+        return next((m for m in self.net.modules() if is_backbone(m)), None)
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         return self.losses(batch, self.outputs(batch, self.labels(batch)))
 
@@ -168,6 +172,11 @@ class TransformersDetector(Detector):
         for name in self._unreached[boxes]:
             loss = loss + 0.0 * self.get_parameter(name).sum()
         return loss
+
+
+def is_backbone(module: nn.Module) -> bool:
+    """By the name of the library's mixin, whose place changes between versions."""
+    return any(kind.__name__ == "BackboneMixin" for kind in type(module).__mro__)
 
 
 class ExactCriterion:

@@ -1,6 +1,7 @@
 """What a checkpoint holds, and how it is written and read.
 
     model.safetensors   weights and buffers
+    ema.safetensors     their moving average, where the run has one
     optimizer.pt        AdamW's state, read with weights_only=True
     state.json          everything else (`TrainState`, the run's configuration, classes, architecture, data hashes),
                         and the SHA-256 of the other files
@@ -30,6 +31,7 @@ from ray_det.types import ClassList, UserError
 FORMAT = 1
 LAST_FILE = "state.json"
 """Written last: a folder that has it is a whole checkpoint."""
+MODEL, AVERAGE = "model.safetensors", "ema.safetensors"
 Phase = Literal["train", "validate", "test"]
 
 
@@ -57,7 +59,12 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, detector: Detector, optimizer: torch.optim.Optimizer | None, state: TrainState, facts: RunFacts
+    folder: Path,
+    detector: Detector,
+    optimizer: torch.optim.Optimizer | None,
+    state: TrainState,
+    facts: RunFacts,
+    average: Detector | None = None,
 ) -> None:
     """Write a checkpoint in place of the folder; without an optimizer it can be evaluated but not trained on.
 
@@ -67,11 +74,14 @@ def save_checkpoint(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        save_model(detector, str(folder / "model.safetensors"))
+        save_model(detector, str(folder / MODEL))
+        if average is not None:
+            save_model(average, str(folder / AVERAGE))
         if optimizer is not None:
             torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     except (SafetensorError, RuntimeError) as error:  # as which both libraries report a full disk
-        size = sum(t.nbytes for t in detector.state_dict().values()) * (1 if optimizer is None else 3)
+        copies = 1 + 2 * (optimizer is not None) + (average is not None)
+        size = sum(t.nbytes for t in detector.state_dict().values()) * copies
         if (free := shutil.disk_usage(folder).free) > size:
             raise
         raise OSError(f"no space left: a checkpoint takes {size >> 20} MiB, {free >> 20} MiB are free") from error
@@ -141,7 +151,16 @@ class Checkpoint:
         return ClassList.from_json(self.content["classes"])
 
     def load_model(self, detector: Detector) -> None:
-        path = self.folder / "model.safetensors"
+        """The weights that are trained; in `best`, which cannot be trained on, those that were evaluated."""
+        self._load(detector, MODEL)
+
+    def load_average(self, detector: Detector) -> None:
+        """Their moving average, where it has one; otherwise it begins with the detector as it is."""
+        if AVERAGE in self.content["sha256"]:
+            self._load(detector, AVERAGE)
+
+    def _load(self, detector: Detector, name: str) -> None:
+        path = self.folder / name
         try:
             load_model(detector, str(path))
         except Exception as error:  # as below
@@ -155,10 +174,11 @@ class Checkpoint:
             raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def build(self, device: torch.device) -> Detector:
-        """The detector with its weights; needs neither hub nor network."""
+        """The detector as it is evaluated: with the average of the weights, where there is one. Needs no network."""
         config = self.config
         detector, _ = build_detector(
             config.model, self.classes, padding=config.data.padding, architecture=self.content["architecture"]
         )
         self.load_model(detector)
+        self.load_average(detector)
         return detector.to(device).eval()

@@ -106,6 +106,8 @@ def _train_epoch(session: Session) -> None:
             bf16=session.bf16,
             asked=runtime.asked(),
             at=session.at,
+            norms=session.norms,
+            ema=session.ema,
         )
         _advance(session, plan, step, result)
         if result.skipped:

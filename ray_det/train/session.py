@@ -18,19 +18,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ray_det.config import TrainJobConfig, micro_batches
+from ray_det.config import OptimConfig, TrainJobConfig, micro_batches
 from ray_det.data.collate import LoadSpec, Shard
 from ray_det.data.plan import EpochPlan, plan_epoch
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
+from ray_det.models.parts import freeze
 from ray_det.report.tracker import Tracker
 from ray_det.retry import patiently, reason
 from ray_det.storage import StorageError
 from ray_det.train.checkpoint import LAST_FILE, Checkpoint, TrainState, save_checkpoint
+from ray_det.train.ema import Ema
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer, learning_rate
 from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
 from ray_det.train.store import name_of
+from ray_det.train.tensors import NormStatistics
 from ray_det.types import MicroBatch
 
 BEST = "best"
@@ -81,11 +84,18 @@ class Session:
     detector: Detector
     model: nn.Module  # the detector, in DDP where there are several ranks
     optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    norms: NormStatistics
     bf16: bool
     state: TrainState
     tracker: Tracker | None  # rank 0's
     clock: Clock = field(default_factory=Clock)
     saves: int = 0  # checkpoints that it kept
+
+    @property
+    def evaluated(self) -> Detector:
+        """What is validated, tested and kept as the best."""
+        return self.ema.detector if self.ema else self.detector
 
     @property
     def config(self) -> TrainJobConfig:
@@ -140,20 +150,22 @@ class Session:
         self.at("checkpoint")
         folder = self.runtime.folder / "staging" / name if self.runtime.is_main else None
         if folder:
-            self._stage(folder, self.optimizer)
+            self._stage(folder, self.detector, self.optimizer, self.ema)
         self.runtime.commit(folder, name)
         self.saves += 1
 
     def save_best(self) -> None:
-        """Put the weights of now in the run folder's `best`; rank 0 does it, all ranks call it."""
+        """Put what was evaluated in the run folder's `best`; rank 0 does it, all ranks call it."""
         if self.runtime.is_main:
             staged = self.runtime.folder / "staging" / BEST
-            self._stage(staged, None)
+            self._stage(staged, self.evaluated, None, None)
             self.job.run.replace(staged, BEST, last=LAST_FILE)
 
-    def _stage(self, folder: Path, optimizer: torch.optim.Optimizer | None) -> None:
+    def _stage(
+        self, folder: Path, detector: Detector, optimizer: torch.optim.Optimizer | None, ema: Ema | None
+    ) -> None:
         def save() -> None:
-            save_checkpoint(folder, self.detector, optimizer, self.state, self.job.facts)
+            save_checkpoint(folder, detector, optimizer, self.state, self.job.facts, ema and ema.detector)
 
         try:
             patiently(save, patience_s=self.job.run.patience_s)
@@ -188,11 +200,15 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         runtime.notify({"message": weights.table()})
     if checkpoint:
         checkpoint.load_model(detector)
+    freeze(detector, config.model.freeze)
     detector.to(runtime.device).train()
+    state = checkpoint.state if checkpoint else TrainState()
     optimizer = build_optimizer(config.optim, detector)
+    ema = _average(config.optim, detector, state)
     if checkpoint:
         checkpoint.load_optimizer(optimizer)
-    state = checkpoint.state if checkpoint else TrainState()
+        if ema:
+            checkpoint.load_average(ema.detector)
     if rollbacks:
         state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
     if state.phase == "test" and state.epoch < config.train.epochs:
@@ -204,7 +220,14 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         runtime.notify({"message": f"{text}, on {runtime.world} worker{'s' if runtime.world > 1 else ''}"})
     tracker = _open_tracker(job, runtime.folder, state.log_lines if checkpoint else None) if runtime.is_main else None
     bf16 = use_bf16(config.train.precision, runtime.device)
-    return Session(job, runtime, detector, wrap_ddp(detector, runtime.device), optimizer, bf16, state, tracker)
+    model, norms = wrap_ddp(detector, runtime.device), NormStatistics(detector)
+    return Session(job, runtime, detector, model, optimizer, ema, norms, bf16, state, tracker)
+
+
+def _average(config: OptimConfig, detector: Detector, state: TrainState) -> Ema | None:
+    if not config.ema_decay:
+        return None
+    return Ema(detector, config.ema_decay, config.ema_warmup_steps, state.global_step - state.skipped_steps)
 
 
 def _open_tracker(job: Job, folder: Path, keep_lines: int | None) -> Tracker:
