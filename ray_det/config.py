@@ -96,6 +96,9 @@ class TrainConfig(Section):
     rollback_lr_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="what the learning rate is multiplied by each time"
     )
+    profile_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="steps of the first epoch that rank 0 traces to profile/ in the run folder; 0: none"
+    )
     deterministic: bool | None = Field(default=None, description="deterministic algorithms; default: on CPU")
 
 

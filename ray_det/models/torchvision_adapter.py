@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -81,6 +82,7 @@ class DenseDetector(Detector):
         per_cell = maps["cls_logits"].shape[1] // sum(cells)
         return DenseOutputs(maps, anchors, [n * per_cell for n in cells])
 
+    @record_function("criterion")
     def criterion(self, batch: Batch, outputs: DenseOutputs) -> dict[str, Tensor]:
         """torchvision's losses, in float32."""
         with full_precision(outputs.anchors[0]):
@@ -177,6 +179,7 @@ class TwoStageDetector(Detector):
         logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
         return logits.float(), deltas.float()
 
+    @record_function("criterion")
     def criterion(self, batch: Batch, proposals: Proposals) -> dict[str, Tensor]:
         """The four losses of the paper (arXiv:1506.01497, with torchvision's weights of 1), in float32."""
         shifted = targets(batch, background=1)

@@ -19,6 +19,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.ops import box_convert
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -186,6 +187,7 @@ class ExactCriterion:
         self.criterion = criterion
         self.mixes_queries = MIXES_QUERIES and criterion.__name__.startswith(("RTDetrFor", "DFineFor"))
 
+    @record_function("criterion")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
         if self.mixes_queries and (noise := kwargs.get("denoising_meta_values")):

@@ -91,6 +91,7 @@ class Session:
     tracker: Tracker | None  # rank 0's
     clock: Clock = field(default_factory=Clock)
     saves: int = 0  # checkpoints that it kept
+    profile: dict[str, float] | None = None  # milliseconds per step by phase, until logged; None: not yet profiled
 
     @property
     def evaluated(self) -> Detector:

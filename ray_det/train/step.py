@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from ray_det.models.detector import Detector, to_device
 from ray_det.train.ema import Ema
@@ -101,22 +102,26 @@ def train_step(
         if last:
             at("last backward, with the gradients' all-reduce")
         with sync:
-            batch = to_device(micro, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with record_function("copy to device"):
+                batch = to_device(micro, device)
+            with record_function("forward"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 losses = model(batch)
-            (losses["loss"] / share).backward()
+            with record_function("backward"):
+                (losses["loss"] / share).backward()
         total += torch.stack([losses[name].detach().float() for name in names]) / share
     norm = gradient_norm(optimizer)
     padded = sum(map(_padded_share, micro_batches)) / share
     skipped = sum(bool(why) for micro in micro_batches for why in micro.skipped_B)
-    more = total.new_tensor([padded, skipped, *asked])
+    more = torch.tensor([padded, skipped, *asked]).to(device, non_blocking=True)
     at("all-reduce of the losses")
-    values = _mean_over_ranks(torch.cat([total, norm.reshape(1), more]))
+    with record_function("all-reduce"):
+        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), more]))
     components = dict(zip(names[1:], values[1:-5], strict=True))
     norm_value, padded, skipped, stop, look = values[-5:]
     applied = bool(np.isfinite(values).all())
     if applied:
-        update(optimizer, ema, clip_norm, norm, norm_value)
+        with record_function("optimizer"):
+            update(optimizer, ema, clip_norm, norm, norm_value)
     else:
         norms.put_back()
     world, asked = dist.get_world_size() if dist.is_initialized() else 1, Asked(stop > 0, look > 0)
