@@ -6,124 +6,33 @@ Wrong values fail here, by name and value.
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ray_det.types import DEFAULT_LIMITS, ImageLimits
+from ray_det.config_data import CLASSES, RENAME, SOURCES, AugmentConfig, ClassName, DatasetConfig, MaxBytes, MaxPixels
+from ray_det.section import NonNegative, PositiveInt, Section
 
-Share = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-ClassName = Annotated[str, Field(min_length=1)]
-
-SOURCES = "COCO JSON, VOC folder or list (.txt), YOLO data.yaml"
-CLASSES = "names of the classes to use, after `rename`; empty: all. Images without boxes of these stay"
-RENAME = 'new names of classes, {"old": "new"}; those that get one name become one class'
-MaxPixels = Annotated[
-    int, Field(ge=1, le=178_956_970, description="pixels of the largest image that is decoded; larger are unreadable")
+__all__ = [
+    "CLASSES",
+    "RENAME",
+    "SOURCES",
+    "AugmentConfig",
+    "ClassName",
+    "DatasetConfig",
+    "EvalConfig",
+    "MaxBytes",
+    "MaxPixels",
+    "ModelConfig",
+    "OptimConfig",
+    "Section",
+    "TrainConfig",
+    "TrainJobConfig",
+    "WandbConfig",
+    "WorkersConfig",
+    "changed_keys",
+    "micro_batches",
 ]
-"""Above Pillow's own guard there is no reading of anything but JPEG."""
-MaxBytes = Annotated[int, Field(ge=1, description="bytes of the largest image file that is read")]
-
-
-_SECRET = re.compile(r"token|api_?key|password|passwd|secret|credential", re.IGNORECASE)
-_PASSWORD_IN_URI = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@]*:[^/?#@]*@", re.IGNORECASE)
-_INSTEAD = "would be written to config.yaml, logs and checkpoints; give it in the environment"
-
-
-class Section(BaseModel):
-    """A frozen group of fields; an unknown key and a secret are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @field_validator("*")
-    @classmethod
-    def _without_secrets(cls, value: Any) -> Any:
-        if (found := _secret(value)) is not None:
-            raise ValueError(f"{found} {_INSTEAD}")
-        return value
-
-
-def _secret(value: Any, key: str = "") -> str | None:
-    """The secret in a field's value, in words. Numbers under such keys are none: `pad_token_id`, `num_tokens`."""
-    if isinstance(value, str):
-        if value and _SECRET.search(key):
-            return f"the text of '{key}'"
-        return "the password in a URI" if _PASSWORD_IN_URI.match(value) else None
-    if isinstance(value, dict):
-        found = [_secret(inner, str(name)) for name, inner in value.items()]
-    else:
-        found = [_secret(inner, key) for inner in value] if isinstance(value, (list, tuple)) else []
-    return next(filter(None, found), None)
-
-
-class DatasetConfig(Section):
-    train: str | None = Field(default=None, description=f"data to train on: {SOURCES} or manifest")
-    val: str | None = Field(default=None, description="data evaluated after every epoch, as for train")
-    test: str | None = Field(default=None, description="data evaluated once, with the best checkpoint, as for train")
-    images: str | None = Field(
-        default=None, description="root of every `file_name` (folder or URI); default: found beside each source"
-    )
-    classes: tuple[str, ...] = Field(default=(), description=CLASSES)
-    rename: dict[str, ClassName] = Field(default={}, description=RENAME)
-    image_size: Annotated[int, Field(ge=32, le=4096)] = Field(
-        default=640, description="side that images are resized to, pixels"
-    )
-    resize: Literal["longest", "shortest", "square"] = Field(
-        default="longest", description="which side becomes image_size; square gives up the aspect ratio"
-    )
-    multi_scale: tuple[PositiveInt, ...] = Field(
-        default=(), description="image sizes (pixels) of which each training step draws one; empty: always image_size"
-    )
-    padding: Literal["mean", "zero"] = Field(
-        default="mean", description="what padded pixels hold: ImageNet's mean, or black"
-    )
-    window: PositiveInt = Field(
-        default=16,
-        description="global batches per window of the plan, inside which images are sorted by aspect ratio; 1: random",
-    )
-    last_batch: Literal["wrap", "drop"] = Field(
-        default="wrap",
-        description="an epoch's last, short global batch: filled with images from its start, or left out",
-    )
-    max_pixels: MaxPixels = DEFAULT_LIMITS.pixels
-    max_bytes: MaxBytes = DEFAULT_LIMITS.bytes
-    on_bad_image: Literal["fail", "skip"] = Field(
-        default="fail",
-        description="what an image does that the preflight passed and that cannot be decoded when it is loaded: end "
-        "the run, or be replaced by a blank one without boxes",
-    )
-    max_skipped_share: Share = Field(
-        default=0.01, description="share of images replaced so, of an epoch's or of all so far, above which runs end"
-    )
-    strict: bool = Field(
-        default=False, description="refuse data in which the preflight finds any error, or an image is in two splits"
-    )
-
-    @property
-    def limits(self) -> ImageLimits:
-        return ImageLimits(self.max_pixels, self.max_bytes)
-
-
-class AugmentConfig(Section):
-    flip: Share = Field(default=0.5, description="probability of a horizontal flip")
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
-        default=(0.9, 1.3), description="range of the scale jitter, x; above 1 crops, below 1 pads, the canvas stays"
-    )
-    min_visible: Share = Field(
-        default=0.25, description="share of a box's area that a crop must leave for the box to stay"
-    )
-    brightness: Share = Field(default=0.2, description="largest change of brightness, share")
-    contrast: Share = Field(default=0.2, description="largest change of contrast, share")
-    saturation: Share = Field(default=0.2, description="largest change of saturation, share")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> AugmentConfig:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale: {self.scale[0]} > {self.scale[1]}")
-        return self
 
 
 class ModelConfig(Section):
@@ -139,6 +48,9 @@ class ModelConfig(Section):
         default={},
         description="JSON: fields of the transformers configuration, or arguments of the torchvision detector",
     )
+    freeze: tuple[str, ...] = Field(
+        default=(), description="modules whose weights and norms stay: backbone, or names such as backbone.body.conv1"
+    )
 
 
 class OptimConfig(Section):
@@ -150,6 +62,16 @@ class OptimConfig(Section):
     interval: Literal["epoch", "step"] = Field(default="epoch", description="when the schedule moves")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="linear warm-up, optimizer steps")
     clip_norm: NonNegative = Field(default=1.0, description="largest global gradient norm; 0: no clipping")
+    backbone_lr_factor: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="what the learning rate is multiplied by for the backbone, x"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="decay per step of a moving average of the weights, which is evaluated in their place; 0: none",
+    )
+    ema_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=2000, description="the decay of step n is multiplied by 1 - exp(-n / this); 0: no warm-up"
+    )
 
 
 class TrainConfig(Section):
@@ -176,6 +98,9 @@ class TrainConfig(Section):
     )
     rollback_lr_factor: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="what the learning rate is multiplied by each time"
+    )
+    profile_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="steps of the first epoch that rank 0 traces to profile/ in the run folder; 0: none"
     )
     deterministic: bool | None = Field(default=None, description="deterministic algorithms; default: on CPU")
 

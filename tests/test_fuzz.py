@@ -31,8 +31,9 @@ from ray_det.data.prepare import make
 from ray_det.models.weights import read_weights
 from ray_det.report.metrics_file import MetricsFile, read_records
 from ray_det.report.wandb_log import read_history
-from ray_det.train.checkpoint import Checkpoint, Snapshot, TrainState
+from ray_det.train.checkpoint import Checkpoint, TrainState
 from ray_det.train.job import RunFacts
+from ray_det.train.snapshot import Snapshot
 from ray_det.types import ImageLimits, UserError
 from tests.data.test_decode import BOMBS, CASES, LOSSY
 from tests.models.zoo import CLASSES, FAMILIES, build

@@ -18,8 +18,9 @@ from ray_det import cli
 from ray_det.config import TrainJobConfig
 from ray_det.data.manifest import FORMAT, SCHEMA, read_manifest
 from ray_det.models.build import build_detector
-from ray_det.train.checkpoint import Checkpoint, Snapshot, TrainState, _sha256
+from ray_det.train.checkpoint import Checkpoint, TrainState, sha256
 from ray_det.train.job import RunFacts
+from ray_det.train.snapshot import Snapshot
 from ray_det.types import UserError
 from tests.models.zoo import CLASSES, FAMILIES, build
 
@@ -64,7 +65,7 @@ def test_in_a_checkpoint(payload, tmp_path, name, how):
     Snapshot.of(detector, optimizer, TrainState(), facts).write(tmp_path / "c")
     plant(tmp_path / "c" / name, payload, how)
     content = json.loads((tmp_path / "c" / "state.json").read_text())
-    content["sha256"][name] = _sha256(tmp_path / "c" / name)
+    content["sha256"][name] = sha256(tmp_path / "c" / name)
     (tmp_path / "c" / "state.json").write_text(json.dumps(content))
     opened = Checkpoint.open(tmp_path / "c")
     with pytest.raises(UserError, match=f"^broken checkpoint: .*{name}: ") as caught:

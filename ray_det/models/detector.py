@@ -74,6 +74,11 @@ class Detector(nn.Module):
         for name, value in (("_mean", mean), ("_std", std), ("_pad", pad)):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module | None:
+        """The part that is a classifier's, without pyramid or encoder; None: there is no such part."""
+
     def normalise(self, batch: Batch) -> Tensor:
         """float32 (B, 3, H, W): the model's input. Padded pixels hold exactly `pad` under the normalisation."""
         mean, std, pad = self.get_buffer("_mean"), self.get_buffer("_std"), self.get_buffer("_pad")

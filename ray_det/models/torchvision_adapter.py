@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -57,6 +58,10 @@ class DenseDetector(Detector):
         names = ("classification", "bbox_regression")
         self.loss_names = (*names, "bbox_ctrness") if isinstance(net, FCOS) else names
 
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net.backbone.get_submodule("body")
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         return self.criterion(batch, self.outputs(batch))
 
@@ -77,6 +82,7 @@ class DenseDetector(Detector):
         per_cell = maps["cls_logits"].shape[1] // sum(cells)
         return DenseOutputs(maps, anchors, [n * per_cell for n in cells])
 
+    @record_function("criterion")
     def criterion(self, batch: Batch, outputs: DenseOutputs) -> dict[str, Tensor]:
         """torchvision's losses, in float32."""
         with full_precision(outputs.anchors[0]):
@@ -121,6 +127,10 @@ class TwoStageDetector(Detector):
         super().__init__(IMAGENET_MEAN, IMAGENET_STD, pad)
         self.net = net
         self.architecture = architecture
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net.backbone.get_submodule("body")
 
     @property
     def rpn(self) -> RegionProposalNetwork:
@@ -169,6 +179,7 @@ class TwoStageDetector(Detector):
         logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
         return logits.float(), deltas.float()
 
+    @record_function("criterion")
     def criterion(self, batch: Batch, proposals: Proposals) -> dict[str, Tensor]:
         """The four losses of the paper (arXiv:1506.01497, with torchvision's weights of 1), in float32."""
         shifted = targets(batch, background=1)

@@ -19,6 +19,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchvision.ops import box_convert
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -75,6 +76,10 @@ class TransformersDetector(Detector):
                 cast(nn.Module, module).__class__ = in_full_precision(type(module))
         self._takes_mask = "pixel_mask" in inspect.signature(network.forward).parameters
         self._unreached: dict[bool, tuple[str, ...]] = {}
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        return next((m for m in self.net.modules() if is_backbone(m)), None)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         return self.losses(batch, self.outputs(batch, self.labels(batch)))
@@ -170,6 +175,11 @@ class TransformersDetector(Detector):
         return loss
 
 
+def is_backbone(module: nn.Module) -> bool:
+    """By the name of the library's mixin, whose place changes between versions."""
+    return any(kind.__name__ == "BackboneMixin" for kind in type(module).__mro__)
+
+
 class ExactCriterion:
     """A library's criterion in float32, normalised by the boxes of this micro-batch alone."""
 
@@ -177,6 +187,7 @@ class ExactCriterion:
         self.criterion = criterion
         self.mixes_queries = MIXES_QUERIES and criterion.__name__.startswith(("RTDetrFor", "DFineFor"))
 
+    @record_function("criterion")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
         if self.mixes_queries and (noise := kwargs.get("denoising_meta_values")):

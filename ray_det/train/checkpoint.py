@@ -1,6 +1,7 @@
-"""What a checkpoint holds, and how it is written and read.
+"""What a checkpoint holds, and how it is read.
 
     model.safetensors   weights and buffers
+    ema.safetensors     their moving average, where the run has one
     optimizer.pt        AdamW's state, read with weights_only=True
     state.json          everything else (`TrainState`, the run's configuration, classes, architecture, data hashes),
                         and the SHA-256 of the other files
@@ -12,26 +13,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file
-from torch import Tensor
+from safetensors.torch import load_model
 
 from ray_det.config import TrainJobConfig
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
-from ray_det.train.job import RunFacts
 from ray_det.types import ClassList, UserError
 
 FORMAT = 1
 LAST_FILE = "state.json"
 """Written last: a folder that has it is a whole checkpoint."""
+MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 Phase = Literal["train", "validate", "test"]
 
 
@@ -58,102 +55,7 @@ class TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What a checkpoint will hold. Without an optimizer it can be evaluated but not trained on."""
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any] | None
-    architecture: dict[str, Any]
-    state: TrainState
-    facts: RunFacts
-
-    @classmethod
-    def of(
-        cls,
-        detector: Detector,
-        optimizer: torch.optim.Optimizer | None,
-        state: TrainState,
-        facts: RunFacts,
-        *,
-        memory: HostMemory | None = None,
-    ) -> Snapshot:
-        """Of now. With `memory` its tensors are copied there, and training may go on while it is written."""
-        weights = _each_once(detector.state_dict())
-        moments = optimizer.state_dict() if optimizer is not None else None
-        if memory is not None:
-            weights = memory.copy("weights", weights)
-        if memory is not None and moments is not None:
-            per_parameter = {i: memory.copy(f"optimizer {i}", tensors) for i, tensors in moments["state"].items()}
-            moments = {"state": per_parameter, "param_groups": deepcopy(moments["param_groups"])}
-        if memory is not None:
-            memory.wait()
-        return cls(weights, moments, detector.architecture, state, facts)
-
-    def write(self, folder: Path) -> None:
-        """Write it in place of the folder.
-
-        Raises:
-            OSError: the disk is full, or broken.
-        """
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
-            save_file(self.weights, folder / "model.safetensors")
-            if self.optimizer is not None:
-                torch.save(self.optimizer, folder / "optimizer.pt")
-        except (SafetensorError, RuntimeError) as error:  # as which both libraries report a full disk
-            size = sum(t.nbytes for t in self.weights.values()) * (1 if self.optimizer is None else 3)
-            if (free := shutil.disk_usage(folder).free) > size:
-                raise
-            raise OSError(f"no space left: a checkpoint takes {size >> 20} MiB, {free >> 20} MiB are free") from error
-        content = {
-            "format": FORMAT,
-            "state": asdict(self.state),
-            "config": self.facts.config,
-            "classes": self.facts.classes.to_json(),
-            "architecture": self.architecture,
-            "data_hashes": self.facts.data_hashes,
-            "run_id": self.facts.run_id,
-            "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
-        }
-        (folder / LAST_FILE).write_text(json.dumps(content, indent=1))
-
-
-def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the further names of a tensor, which safetensors refuses; `load_model` knows them from the module."""
-    found: dict[tuple[Any, ...], str] = {}
-    for name, tensor in weights.items():
-        found.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,), name)
-    return {name: weights[name].contiguous() for name in found.values()}
-
-
-class HostMemory:
-    """Host memory that one snapshot after the other is copied to: to fill fresh memory takes several times as long."""
-
-    def __init__(self) -> None:
-        self._copies: dict[tuple[str, str], Tensor] = {}
-
-    def copy(self, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of a group's tensors, by the same names; those of the group's last call are overwritten.
-
-        They come from a GPU without waiting: see `wait`.
-        """
-        copies = {}
-        for name, tensor in tensors.items():
-            known = self._copies.get((group, name))
-            if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
-                known = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[name] = self._copies[group, name] = known.copy_(tensor, non_blocking=True)
-        return copies
-
-    def wait(self) -> None:
-        """Until all copies are whole."""
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -189,7 +91,7 @@ class Checkpoint:
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 raise UserError(f"broken checkpoint: {folder / name} is missing")
-            if _sha256(folder / name) != expected:
+            if sha256(folder / name) != expected:
                 raise UserError(f"broken checkpoint: {folder / name} is not as it was written (SHA-256 differs)")
         return opened
 
@@ -206,24 +108,34 @@ class Checkpoint:
         return ClassList.from_json(self.content["classes"])
 
     def load_model(self, detector: Detector) -> None:
-        path = self.folder / "model.safetensors"
+        """The weights that are trained; in `best`, which cannot be trained on, those that were evaluated."""
+        self._load(detector, MODEL)
+
+    def load_average(self, detector: Detector) -> None:
+        """Their moving average, where it has one; otherwise it begins with the detector as it is."""
+        if AVERAGE in self.content["sha256"]:
+            self._load(detector, AVERAGE)
+
+    def _load(self, detector: Detector, name: str) -> None:
+        path = self.folder / name
         try:
             load_model(detector, str(path))
         except Exception as error:  # as below
             raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        path = self.folder / "optimizer.pt"
+        path = self.folder / OPTIMIZER
         try:
             optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         except Exception as error:  # torch raises many kinds for a broken or hostile file
             raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def build(self, device: torch.device) -> Detector:
-        """The detector with its weights; needs neither hub nor network."""
+        """The detector as it is evaluated: with the average of the weights, where there is one. Needs no network."""
         config = self.config
         detector, _ = build_detector(
             config.model, self.classes, padding=config.data.padding, architecture=self.content["architecture"]
         )
         self.load_model(detector)
+        self.load_average(detector)
         return detector.to(device).eval()

@@ -25,11 +25,11 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
     """
     runtime, config, manifest = session.runtime, session.config, session.job.manifests[split]
     session.at("evaluation")
-    sync_buffers(session.detector)
+    sync_buffers(session.evaluated)
     shown = _shown(manifest, pictures)
     detections, drawn, losses, skipped = [], [], [], []
     for inferred in infer_split(
-        session.detector,
+        session.evaluated,
         manifest,
         config.data,
         runtime.stream,

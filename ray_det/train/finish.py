@@ -35,12 +35,12 @@ def finish(session: Session) -> None:
 
 
 def _best(session: Session, temporary: Path) -> Checkpoint:
-    """Load the best weights into the session's detector."""
+    """Load the best weights into the detector that is evaluated."""
     local = (session.job.run / BEST).local
     if local is None:
         session.job.run.download(temporary / BEST, BEST)
     best = Checkpoint.open(local or temporary / BEST)
-    best.load_model(session.detector)
+    best.load_model(session.evaluated)
     return best
 
 

@@ -12,10 +12,12 @@ but (seed, epoch, step) is needed to know the data that is left.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import torch
+from torch.profiler import record_function
 
 from ray_det.data.collate import shard
 from ray_det.data.plan import EpochPlan
@@ -23,10 +25,12 @@ from ray_det.train.evaluation import evaluate_split
 from ray_det.train.finish import finish
 from ray_det.train.job import Job
 from ray_det.train.optim import set_learning_rate
+from ray_det.train.profile import trace
+from ray_det.train.records import announce, epoch_line, log_step, notify
 from ray_det.train.session import Runtime, Session, open_session
 from ray_det.train.skipped import note_in_training, skipped_in
 from ray_det.train.step import StepResult, train_step
-from ray_det.types import Preempted, Stopped, TrainingError
+from ray_det.types import MicroBatch, Preempted, Stopped, TrainingError
 
 
 class RollBack(Exception):  # noqa: N818  not an error
@@ -77,11 +81,17 @@ def _run(session: Session) -> None:
 
 def _train_epoch(session: Session) -> None:
     """The rest of the current epoch; ends with a checkpoint from which validation goes on."""
-    runtime, config = session.runtime, session.config
     session.at("plan")
     plan = session.plan(session.state.epoch)
     if session.state.step == 0:
-        _announce(session, plan)
+        announce(session, plan)
+    train_steps(session, plan)
+    session.save(phase="validate")
+
+
+def train_steps(session: Session, plan: EpochPlan) -> None:
+    """The steps of an epoch that are left, each logged."""
+    runtime, config = session.runtime, session.config
     own = plan.micro_batches_of(runtime.rank, runtime.world)
     work = shard(
         session.job.manifests["train"],
@@ -90,43 +100,62 @@ def _train_epoch(session: Session) -> None:
     )
     batches = runtime.stream(work)
     mark = time.perf_counter()
-    for step in range(session.state.step, plan.steps):
-        session.at("data")
-        micro = [next(batches) for _ in own]
-        wait = time.perf_counter() - mark
-        rate = session.learning_rate(plan.steps)
-        set_learning_rate(session.optimizer, rate)
-        result = train_step(
-            session.model,
-            session.optimizer,
-            micro,
-            device=runtime.device,
-            clip_norm=config.optim.clip_norm,
-            seed=config.seed,
-            global_step=session.state.global_step,
-            share=session.micro_batches[0] / runtime.world,
-            bf16=session.bf16,
-            asked=runtime.asked(),
-            at=session.at,
-        )
-        _advance(session, plan, step, result)
-        if result.skipped:
-            note_in_training(session, skipped_in(micro))
-        now = time.perf_counter()
-        _log_step(session, plan, result, rate, seconds=now - mark, wait=wait)
-        mark = now
-        session.writer.check()
-        if result.asked.stop:
-            _leave(session, "stopped", Stopped(), last=step + 1 == plan.steps)
-        if result.asked.look and runtime.preempted():
-            _leave(session, "a node is about to be taken away: left", Preempted(), last=step + 1 == plan.steps)
-        every = config.train.checkpoint_every_steps
-        if every and session.state.global_step % every == 0 and step + 1 < plan.steps:
-            session.save()
-            mark = time.perf_counter()
+    with _profiled(session, plan.steps - session.state.step) as stepped:
+        for step in range(session.state.step, plan.steps):
+            session.at("data")
+            with record_function("data wait"):
+                micro = [next(batches) for _ in own]
+            wait = time.perf_counter() - mark
+            rate = session.learning_rate(plan.steps)
+            result = _step(session, micro, rate)
+            _advance(session, plan, step, result)
+            if result.skipped:
+                note_in_training(session, skipped_in(micro))
+            now = time.perf_counter()
+            with record_function("logging"):
+                log_step(session, plan, result, rate, seconds=now - mark, wait=wait)
+            mark = now
+            stepped()
+            session.writer.check()
+            if result.asked.stop:
+                _leave(session, "stopped", Stopped(), last=step + 1 == plan.steps)
+            if result.asked.look and runtime.preempted():
+                _leave(session, "a node is about to be taken away: left", Preempted(), last=step + 1 == plan.steps)
+            every = config.train.checkpoint_every_steps
+            if every and session.state.global_step % every == 0 and step + 1 < plan.steps:
+                session.save()
+                mark = time.perf_counter()
     if next(batches, None) is not None:
         raise RuntimeError("the loader has more micro-batches than the plan")
-    session.save(phase="validate")
+
+
+def _step(session: Session, micro: list[MicroBatch], rate: float) -> StepResult:
+    runtime, config = session.runtime, session.config
+    set_learning_rate(session.optimizer, rate)
+    return train_step(
+        session.model,
+        session.optimizer,
+        micro,
+        device=runtime.device,
+        clip_norm=config.optim.clip_norm,
+        seed=config.seed,
+        global_step=session.state.global_step,
+        share=session.micro_batches[0] / runtime.world,
+        bf16=session.bf16,
+        asked=runtime.asked(),
+        at=session.at,
+        norms=session.norms,
+        ema=session.ema,
+    )
+
+
+def _profiled(session: Session, steps: int) -> AbstractContextManager[Callable[[], object]]:
+    """Profiles steps of the first epoch of this start on rank 0, where it is asked for."""
+    wanted = session.config.train.profile_steps
+    if not wanted or session.profile is not None or not session.runtime.is_main:
+        return nullcontext(lambda: None)
+    session.profile = {}
+    return trace(session.runtime.folder / "profile", wanted, steps, session.profile.update)
 
 
 def _leave(session: Session, what: str, outcome: Exception, *, last: bool) -> NoReturn:
@@ -166,33 +195,6 @@ def _advance(session: Session, plan: EpochPlan, step: int, result: StepResult) -
     raise TrainingError(f"{what}, whose images are {ids}; all are listed in {session.job.run.uri}/nonfinite.jsonl")
 
 
-def _log_step(
-    session: Session, plan: EpochPlan, result: StepResult, rate: float, *, seconds: float, wait: float
-) -> None:
-    clock, state, images = session.clock, session.state, session.config.train.global_batch_size
-    if clock.first_step_at is None:
-        clock.first_step_at = time.time()  # its time is the start-up's, not training's
-    else:
-        clock.train_s, clock.wait_s, clock.images = clock.train_s + seconds, clock.wait_s + wait, clock.images + images
-    if not session.tracker:
-        return
-    record: dict[str, Any] = {
-        "train/batch_loss": result.loss,
-        "train/epoch": state.epoch,
-        "train/learning_rate": rate,
-        "train/grad_norm": result.grad_norm,
-        **{f"train/{name if name.startswith('loss') else 'loss_' + name}": v for name, v in result.components.items()},
-        "train/images_per_s": images / seconds,
-        "train/data_wait_share": wait / seconds,
-        "train/padded_share": result.padded_share,
-        "train/skipped_steps": state.skipped_steps,
-    }
-    if session.runtime.device.type == "cuda":
-        record["train/gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-    session.tracker.log_step(state.global_step, record)
-    _notify(session, "training", step=state.step, steps=plan.steps, loss=result.loss, lr=rate)
-
-
 def _end_epoch(session: Session) -> None:
     """Validate, log the epoch, keep the weights if they are the best, and go to the next epoch."""
     state, config = session.state, session.config
@@ -202,9 +204,12 @@ def _end_epoch(session: Session) -> None:
         "train/epoch_avg_loss": state.loss_sum / max(state.loss_count, 1),
         "learning_rate": session.learning_rate(state.global_step // done),
     }
+    if session.profile:
+        record |= {f"profile/{name}": value for name, value in session.profile.items()}
+        session.profile.clear()
     ap = None
     if "val" in session.job.manifests and (done % config.eval.every_epochs == 0 or done == epochs):
-        _notify(session, "validating")
+        notify(session, "validating")
         metrics = evaluate_split(session, "val", pictures=config.eval.pictures)
         ap = metrics["AP"]
         record |= {f"val/{name}": value for name, value in metrics.items()}
@@ -216,45 +221,5 @@ def _end_epoch(session: Session) -> None:
     if better or ("val" not in session.job.manifests and done == epochs):
         session.save_best()
     if session.runtime.is_main:
-        session.runtime.notify({"message": _epoch_line(record, done, epochs, better)})
+        session.runtime.notify({"message": epoch_line(record, done, epochs, better)})
     session.state = state.next_epoch()
-
-
-def _epoch_line(record: dict[str, float], done: int, epochs: int, better: bool) -> str:
-    line = f"epoch {done}/{epochs}: loss {record['train/epoch_avg_loss']:.4f}"
-    if "val/AP" in record:
-        line += f"  val/loss {record['val/loss']:.4f}  val/AP {record['val/AP']:.4f}  val/AP50 {record['val/AP50']:.4f}"
-    return line + ("  best" if better else "")
-
-
-def _announce(session: Session, plan: EpochPlan) -> None:
-    """Say once what the plan makes of the data."""
-    if session.state.epoch or not session.runtime.is_main:
-        return
-    number, size = plan.rows_SMB.shape[1:]
-    text = f"{plan.steps} steps per epoch, {number} x {size} images each"
-    if plan.wrapped:
-        text += f"; {plan.wrapped} images are seen twice to fill an epoch's last batch"
-    if plan.dropped:
-        text += f"; {plan.dropped} images are left out of each epoch (data.last_batch: drop)"
-    session.runtime.notify({"message": text})
-
-
-def _notify(session: Session, phase: str, **more: Any) -> None:
-    if not session.runtime.is_main:
-        return
-    state, clock, config = session.state, session.clock, session.config
-    update: dict[str, Any] = {
-        "phase": phase,
-        "epoch": state.epoch,
-        "epochs": config.train.epochs,
-        "global_step": state.global_step,
-        **more,
-    }
-    if clock.train_s:
-        update["images_per_s"] = clock.images / clock.train_s
-    if clock.train_s and "steps" in more:
-        update["total_steps"] = more["steps"] * config.train.epochs
-        left = update["total_steps"] - state.global_step
-        update["eta_s"] = left * config.train.global_batch_size / update["images_per_s"]
-    session.runtime.notify(update)

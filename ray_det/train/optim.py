@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from ray_det.config import OptimConfig
+from ray_det.models.detector import Detector
+from ray_det.models.parts import backbone_of
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -23,19 +25,31 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: 
     return rate * min(1, (step + 1) / config.warmup_steps) if config.warmup_steps else rate
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in one group or two (with and without weight decay)."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    if config.decay_norms_and_biases:
-        groups = [{"params": params}]
-    else:
-        groups = [  # norms and biases are what has one dimension
-            {"params": [p for p in params if p.ndim > 1]},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+def build_optimizer(config: OptimConfig, detector: Detector) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, in as few groups as there are rates and decays; the main one comes first.
+
+    A group's `lr_scale` is what the learning rate is multiplied by.
+
+    Raises:
+        UserError: a factor for the backbone of a model that has none.
+    """
+    factor, decay = config.backbone_lr_factor, config.weight_decay
+    scaled = set(backbone_of(detector, "optim.backbone_lr_factor").parameters()) if factor != 1 else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(s, d): [] for s in (1.0, factor) for d in (decay, 0.0)}
+    for parameter in detector.parameters():
+        if parameter.requires_grad:
+            decayed = config.decay_norms_and_biases or parameter.ndim > 1  # norms and biases have one dimension
+            groups[factor if parameter in scaled else 1.0, decay if decayed else 0.0].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": params, "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay}
+            for (scale, decay), params in groups.items()
+            if params
+        ],
+        fused=True,
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)

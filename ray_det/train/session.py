@@ -18,19 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ray_det.config import TrainJobConfig, micro_batches
+from ray_det.config import OptimConfig, TrainJobConfig, micro_batches
 from ray_det.data.collate import LoadSpec, Shard
 from ray_det.data.plan import EpochPlan, plan_epoch
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
+from ray_det.models.parts import freeze
 from ray_det.report.tracker import Tracker
 from ray_det.retry import patiently, reason
 from ray_det.storage import StorageError
-from ray_det.train.checkpoint import LAST_FILE, Checkpoint, HostMemory, Snapshot, TrainState
+from ray_det.train.checkpoint import LAST_FILE, Checkpoint, TrainState
+from ray_det.train.ema import Ema
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer, learning_rate
+from ray_det.train.snapshot import HostMemory, Snapshot
 from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
 from ray_det.train.store import name_of
+from ray_det.train.tensors import NormStatistics
 from ray_det.train.writer import Writer
 from ray_det.types import MicroBatch
 
@@ -81,6 +85,8 @@ class Session:
     detector: Detector
     model: nn.Module  # the detector, in DDP where there are several ranks
     optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    norms: NormStatistics
     bf16: bool
     state: TrainState
     tracker: Tracker | None  # rank 0's
@@ -88,6 +94,12 @@ class Session:
     writer: Writer = field(default_factory=Writer)  # rank 0's has work
     memory: HostMemory = field(default_factory=HostMemory)  # for what is being written
     saves: int = 0  # checkpoints that it kept
+    profile: dict[str, float] | None = None  # milliseconds per step by phase, until logged; None: not yet profiled
+
+    @property
+    def evaluated(self) -> Detector:
+        """What is validated, tested and kept as the best."""
+        return self.ema.detector if self.ema else self.detector
 
     @property
     def config(self) -> TrainJobConfig:
@@ -143,14 +155,14 @@ class Session:
         lines = self.tracker.lines if self.tracker else 0
         self.state = replace(self.state, **changes, log_lines=lines)
         name = name_of(self.state.global_step, self.state.phase)
-        self._keep(name, self.optimizer, lambda staged: self.runtime.commit(staged, name))
+        self._keep(name, self.detector, lambda staged: self.runtime.commit(staged, name), self.optimizer, self.ema)
         self.saves += 1
         if wait:
             self.settle()
 
     def save_best(self) -> None:
-        """Put the weights of now in the run folder's `best`; rank 0 does it, all ranks call it."""
-        self._keep(BEST, None, lambda staged: self.job.run.replace(staged, BEST, last=LAST_FILE))
+        """Put what was evaluated in the run folder's `best`; rank 0 does it, all ranks call it."""
+        self._keep(BEST, self.evaluated, lambda staged: self.job.run.replace(staged, BEST, last=LAST_FILE))
 
     def settle(self) -> None:
         """Until all checkpoints are kept; all ranks call it, and none returns before."""
@@ -159,7 +171,14 @@ class Session:
         if self.runtime.group:
             dist.barrier(self.runtime.group)
 
-    def _keep(self, name: str, optimizer: torch.optim.Optimizer | None, commit: Callable[[Path], None]) -> None:
+    def _keep(
+        self,
+        name: str,
+        detector: Detector,
+        commit: Callable[[Path], None],
+        optimizer: torch.optim.Optimizer | None = None,
+        ema: Ema | None = None,
+    ) -> None:
         """Stage a checkpoint of now and commit it, on rank 0."""
         if not self.runtime.is_main:
             return
@@ -167,7 +186,8 @@ class Session:
         self.writer.wait()
         in_background = self.config.train.async_checkpoints
         memory = self.memory if in_background else None
-        snapshot = Snapshot.of(self.detector, optimizer, self.state, self.job.facts, memory=memory)
+        average = ema and ema.detector
+        snapshot = Snapshot.of(detector, optimizer, self.state, self.job.facts, average=average, memory=memory)
         staged = self.runtime.folder / "staging" / name
 
         def write() -> None:
@@ -212,11 +232,15 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         runtime.notify({"message": weights.table()})
     if checkpoint:
         checkpoint.load_model(detector)
+    freeze(detector, config.model.freeze)
     detector.to(runtime.device).train()
+    state = checkpoint.state if checkpoint else TrainState()
     optimizer = build_optimizer(config.optim, detector)
+    ema = _average(config.optim, detector, state)
     if checkpoint:
         checkpoint.load_optimizer(optimizer)
-    state = checkpoint.state if checkpoint else TrainState()
+        if ema:
+            checkpoint.load_average(ema.detector)
     if rollbacks:
         state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
     if state.phase == "test" and state.epoch < config.train.epochs:
@@ -228,7 +252,14 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         runtime.notify({"message": f"{text}, on {runtime.world} worker{'s' if runtime.world > 1 else ''}"})
     tracker = _open_tracker(job, runtime.folder, state.log_lines if checkpoint else None) if runtime.is_main else None
     bf16 = use_bf16(config.train.precision, runtime.device)
-    return Session(job, runtime, detector, wrap_ddp(detector, runtime.device), optimizer, bf16, state, tracker)
+    model, norms = wrap_ddp(detector, runtime.device), NormStatistics(detector)
+    return Session(job, runtime, detector, model, optimizer, ema, norms, bf16, state, tracker)
+
+
+def _average(config: OptimConfig, detector: Detector, state: TrainState) -> Ema | None:
+    if not config.ema_decay:
+        return None
+    return Ema(detector, config.ema_decay, config.ema_warmup_steps, state.global_step - state.skipped_steps)
 
 
 def _open_tracker(job: Job, folder: Path, keep_lines: int | None) -> Tracker:

@@ -6,8 +6,8 @@ is normalised by itself and its random numbers come from (seed, step, index), so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from ray_det.models.detector import Detector, to_device
+from ray_det.train.ema import Ema
+from ray_det.train.tensors import NormStatistics
 from ray_det.types import MicroBatch
 
 
@@ -65,6 +68,8 @@ def train_step(
     bf16: bool = False,
     asked: Asked = NOTHING,
     at: Callable[[str], None] = lambda phase: None,
+    norms: NormStatistics | None = None,
+    ema: Ema | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, all-reduce, clip, update.
 
@@ -73,48 +78,76 @@ def train_step(
 
     Args:
         model: from `wrap_ddp`.
+        optimizer: of all parameters that are trained.
         clip_norm: largest global norm of the gradient; 0: none.
         global_step: with `seed` and a micro-batch's index the source of the model's random numbers.
         share: micro-batches of the global batch / ranks; None: every rank has as many as this one.
         asked: by this rank; the result says it of all ranks.
         at: told what the step does next.
+        norms: of the model; None: they are looked up for this step.
+        ema: follows the update.
     """
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     names = ("loss", *detector.loss_names)  # pyright: ignore[reportGeneralTypeIssues]
     share = share or len(micro_batches)
+    norms = norms or NormStatistics(model)
+    norms.keep()
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros(len(names), device=device)
     at("forward and backward")
-    with _batch_norm_memory(model) as restore_batch_norm:
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(len(names), device=device)
-        for i, micro in enumerate(micro_batches):
-            torch.manual_seed(step_seed(seed, global_step, micro.index))
-            last = i == len(micro_batches) - 1
-            sync = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
-            if last:
-                at("last backward, with the gradients' all-reduce")
-            with sync:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    losses = model(to_device(micro, device))
+    for i, micro in enumerate(micro_batches):
+        torch.manual_seed(step_seed(seed, global_step, micro.index))
+        last = i == len(micro_batches) - 1
+        sync = nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+        if last:
+            at("last backward, with the gradients' all-reduce")
+        with sync:
+            with record_function("copy to device"):
+                batch = to_device(micro, device)
+            with record_function("forward"), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                losses = model(batch)
+            with record_function("backward"):
                 (losses["loss"] / share).backward()
-            total += torch.stack([losses[name].detach().float() for name in names]) / share
-        params = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        padded = sum(map(_padded_share, micro_batches)) / share
-        skipped = sum(bool(why) for micro in micro_batches for why in micro.skipped_B)
-        more = total.new_tensor([padded, skipped, *asked])
-        at("all-reduce of the losses")
+        total += torch.stack([losses[name].detach().float() for name in names]) / share
+    norm = gradient_norm(optimizer)
+    padded = sum(map(_padded_share, micro_batches)) / share
+    skipped = sum(bool(why) for micro in micro_batches for why in micro.skipped_B)
+    more = torch.tensor([padded, skipped, *asked]).to(device, non_blocking=True)
+    at("all-reduce of the losses")
+    with record_function("all-reduce"):
         values = _mean_over_ranks(torch.cat([total, norm.reshape(1), more]))
-        applied = bool(np.isfinite(values).all())
-        if applied:
-            if clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
-            optimizer.step()
-        else:
-            restore_batch_norm()
     components = dict(zip(names[1:], values[1:-5], strict=True))
     norm_value, padded, skipped, stop, look = values[-5:]
+    applied = bool(np.isfinite(values).all())
+    if applied:
+        with record_function("optimizer"):
+            update(optimizer, ema, clip_norm, norm, norm_value)
+    else:
+        norms.put_back()
     world, asked = dist.get_world_size() if dist.is_initialized() else 1, Asked(stop > 0, look > 0)
     return StepResult(values[0], components, norm_value, padded, applied, asked, round(skipped * world))
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Global L2 norm, a scalar on the device. The groups are lists, where a model's parameters are a walk over it."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def update(
+    optimizer: torch.optim.Optimizer, ema: Ema | None, clip_norm: float, norm: Tensor, norm_value: float
+) -> None:
+    """Clip to a global norm (0: not), change the weights, and let their average follow.
+
+    Args:
+        norm, norm_value: of the gradient, on the device and on the host.
+    """
+    if clip_norm and norm_value + 1e-6 > clip_norm:  # else torch would multiply everything by 1
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grads_with_norm_(params, clip_norm, norm)
+    optimizer.step()
+    if ema:
+        ema.update()
 
 
 def _mean_over_ranks(values: Tensor) -> list[float]:
@@ -141,20 +174,6 @@ def sync_buffers(detector: Detector) -> None:
 def step_seed(seed: int, global_step: int, index: int) -> int:
     """Seed of torch's generators for one micro-batch."""
     return int(np.random.SeedSequence([seed, global_step, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@contextmanager
-def _batch_norm_memory(model: nn.Module) -> Iterator:
-    """Gives a function that puts the running statistics of batch norms back to what they were at entry."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    buffers = [b for m in norms for b in m.buffers()]
-    saved = [b.clone() for b in buffers]
-
-    def restore() -> None:
-        for buffer, old in zip(buffers, saved, strict=True):
-            buffer.copy_(old)
-
-    yield restore
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ray_det.models.build import build_detector
-from ray_det.train.checkpoint import Snapshot, TrainState
+from ray_det.train.checkpoint import TrainState
 from ray_det.train.job import RunFacts
+from ray_det.train.snapshot import Snapshot
 from ray_det.types import ClassList
 from tests.jobs.run import run_job
 from tests.models.zoo import FAMILIES, spread_scores

@@ -24,6 +24,7 @@ def config(small_coco: dict[str, Path], storage: Path) -> dict[str, Any]:
         "storage": str(storage),
         "data": {split: str(path) for split, path in small_coco.items()} | {"image_size": 96},
         "model": FAMILIES["fcos"].model_dump(),
+        "optim": {"ema_decay": 0.99},
         "train": {"epochs": EPOCHS, "global_batch_size": 2, "precision": "fp32", "checkpoint_every_steps": 5},
         "eval": {"every_epochs": 2},
         "workers": {"threads": 1},

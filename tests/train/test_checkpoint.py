@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_det.train.checkpoint import Checkpoint, Snapshot, TrainState
+from ray_det.train.checkpoint import Checkpoint, TrainState
 from ray_det.train.job import RunFacts
+from ray_det.train.snapshot import Snapshot
 from ray_det.types import UserError
 from tests.models.zoo import CLASSES, FAMILIES, build
 

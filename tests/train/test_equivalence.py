@@ -20,6 +20,7 @@ from tests.train.runner import records, run_alone, run_world
 STEPS = 3  # per epoch: 16 images in global batches of 6
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCES = {"train/batch_loss": 5e-3, "train/grad_norm": 5e-2}
+AVERAGED = {"ema_decay": 0.9, "ema_warmup_steps": 3}
 
 
 def spec(
@@ -45,18 +46,25 @@ def spec(
     return {"config": config, "world": world}
 
 
+def with_optim(asked: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    asked["config"]["optim"] |= options
+    return asked
+
+
 def same_checkpoint(one: Path, other: Path) -> None:
-    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
+    for file in one.glob("*.safetensors"):
+        a, b = load_file(file), load_file(other / file.name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     if (one / "optimizer.pt").exists():
         a, b = (torch.load(p / "optimizer.pt", weights_only=True)["state"] for p in (one, other))
         assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
 
 
-@pytest.mark.parametrize("family", ["fcos", "d_fine"])
-def test_resumed_anywhere_is_never_stopped(family, small_coco, tmp_path):
+@pytest.mark.parametrize(("family", "optim"), [("fcos", AVERAGED), ("d_fine", {"backbone_lr_factor": 0.1})])
+def test_resumed_anywhere_is_never_stopped(family, optim, small_coco, tmp_path):
     """Bit-equal weights, optimizer, metrics and best checkpoint: from mid-epoch, before validation, before the test."""
-    whole = run_alone(spec(small_coco, tmp_path / "whole", family, epochs=2))
+    whole = run_alone(with_optim(spec(small_coco, tmp_path / "whole", family, epochs=2), optim))
     names = sorted(p.name for p in (whole / "kept").iterdir())
     assert [n.split("_")[2] for n in names] == ["train", "train", "validate", "train", "train", "test", "validate"]
     for name in (names[0], names[2], names[4], names[6], names[5]):
@@ -66,9 +74,8 @@ def test_resumed_anywhere_is_never_stopped(family, small_coco, tmp_path):
             shutil.copy(whole / left, resumed / left)
         if json.loads((whole / "kept" / name / "state.json").read_text())["state"]["best_step"]:
             shutil.copytree(whole / "best", resumed / "best")
-        again = run_alone(
-            spec(small_coco, tmp_path / name, family, epochs=2) | {"checkpoint": str(whole / "kept" / name)}
-        )
+        asked = with_optim(spec(small_coco, tmp_path / name, family, epochs=2), optim)
+        again = run_alone(asked | {"checkpoint": str(whole / "kept" / name)})
         assert records(again) == records(whole), name
         same_checkpoint(whole / "best", again / "best")
         last = f"checkpoint_{2 * STEPS:08d}_test"
@@ -81,7 +88,7 @@ def settled(small_coco: dict[str, Path], storage: Path, family: str) -> dict[str
     Batch norms are frozen, on statistics of such pictures, and scores of queries differ. Otherwise 1e-8 becomes 1e-2
     within steps: by the statistics of a single picture's 3 x 3 cells, or by queries of scores as good as equal.
     """
-    asked = spec(small_coco, storage, family, epochs=7, lr=5e-5)
+    asked = with_optim(spec(small_coco, storage, family, epochs=7, lr=5e-5), AVERAGED)
     asked["frozen_norms"] = True
     detector = build(family).train()
     with torch.no_grad():
@@ -128,6 +135,7 @@ def test_workers_change_nothing(alone, world, tmp_path):
     found = records(run_world(asked | {"config": config, "world": world}, tmp_path))
     steps = [(a, b) for a, b in zip(expected, found, strict=True) if "train/batch_loss" in a]
     assert len(steps) == 7 * STEPS
+    assert curve(found, "val/loss") == pytest.approx(curve(expected, "val/loss"), rel=1e-3)
     for a, b in steps:
         assert b["train/batch_loss"] == pytest.approx(a["train/batch_loss"], rel=1e-3), a["global_step"]
         assert b["train/padded_share"] == pytest.approx(a["train/padded_share"], abs=1e-6)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ray_det.train.checkpoint import Checkpoint, HostMemory, Snapshot, TrainState
+from ray_det.train.checkpoint import MODEL, Checkpoint, TrainState
 from ray_det.train.job import RunFacts
+from ray_det.train.snapshot import HostMemory, Snapshot
 from ray_det.train.writer import Writer
 from tests.models.zoo import CLASSES, FAMILIES, build
 from tests.train.disturb import config, steps_done
@@ -39,7 +40,7 @@ def test_a_snapshot_stays_what_it_was(tmp_path, family):
     again = Snapshot.of(detector, optimizer, TrainState(), FACTS, memory=memory)
     again.write(tmp_path / "second later")
     same_checkpoint(tmp_path / "second later", tmp_path / "second at once")
-    assert all(again.weights[name] is tensor for name, tensor in copied.weights.items())  # no new memory
+    assert all(again.weights[MODEL][name] is tensor for name, tensor in copied.weights[MODEL].items())  # no new memory
 
 
 @pytest.fixture

@@ -1,0 +1,88 @@
+"""The sections of a configuration that say what data is trained on, and how it is drawn."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ray_det.section import PositiveInt, Section, Share
+from ray_det.types import DEFAULT_LIMITS, ImageLimits
+
+ClassName = Annotated[str, Field(min_length=1)]
+
+SOURCES = "COCO JSON, VOC folder or list (.txt), YOLO data.yaml"
+CLASSES = "names of the classes to use, after `rename`; empty: all. Images without boxes of these stay"
+RENAME = 'new names of classes, {"old": "new"}; those that get one name become one class'
+MaxPixels = Annotated[
+    int, Field(ge=1, le=178_956_970, description="pixels of the largest image that is decoded; larger are unreadable")
+]
+"""Above Pillow's own guard there is no reading of anything but JPEG."""
+MaxBytes = Annotated[int, Field(ge=1, description="bytes of the largest image file that is read")]
+
+
+class DatasetConfig(Section):
+    train: str | None = Field(default=None, description=f"data to train on: {SOURCES} or manifest")
+    val: str | None = Field(default=None, description="data evaluated after every epoch, as for train")
+    test: str | None = Field(default=None, description="data evaluated once, with the best checkpoint, as for train")
+    images: str | None = Field(
+        default=None, description="root of every `file_name` (folder or URI); default: found beside each source"
+    )
+    classes: tuple[str, ...] = Field(default=(), description=CLASSES)
+    rename: dict[str, ClassName] = Field(default={}, description=RENAME)
+    image_size: Annotated[int, Field(ge=32, le=4096)] = Field(
+        default=640, description="side that images are resized to, pixels"
+    )
+    resize: Literal["longest", "shortest", "square"] = Field(
+        default="longest", description="which side becomes image_size; square gives up the aspect ratio"
+    )
+    multi_scale: tuple[PositiveInt, ...] = Field(
+        default=(), description="image sizes (pixels) of which each training step draws one; empty: always image_size"
+    )
+    padding: Literal["mean", "zero"] = Field(
+        default="mean", description="what padded pixels hold: ImageNet's mean, or black"
+    )
+    window: PositiveInt = Field(
+        default=16,
+        description="global batches per window of the plan, inside which images are sorted by aspect ratio; 1: random",
+    )
+    last_batch: Literal["wrap", "drop"] = Field(
+        default="wrap",
+        description="an epoch's last, short global batch: filled with images from its start, or left out",
+    )
+    max_pixels: MaxPixels = DEFAULT_LIMITS.pixels
+    max_bytes: MaxBytes = DEFAULT_LIMITS.bytes
+    on_bad_image: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="what an image does that the preflight passed and that cannot be decoded when it is loaded: end "
+        "the run, or be replaced by a blank one without boxes",
+    )
+    max_skipped_share: Share = Field(
+        default=0.01, description="share of images replaced so, of an epoch's or of all so far, above which runs end"
+    )
+    strict: bool = Field(
+        default=False, description="refuse data in which the preflight finds any error, or an image is in two splits"
+    )
+
+    @property
+    def limits(self) -> ImageLimits:
+        return ImageLimits(self.max_pixels, self.max_bytes)
+
+
+class AugmentConfig(Section):
+    flip: Share = Field(default=0.5, description="probability of a horizontal flip")
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        default=(0.9, 1.3), description="range of the scale jitter, x; above 1 crops, below 1 pads, the canvas stays"
+    )
+    min_visible: Share = Field(
+        default=0.25, description="share of a box's area that a crop must leave for the box to stay"
+    )
+    brightness: Share = Field(default=0.2, description="largest change of brightness, share")
+    contrast: Share = Field(default=0.2, description="largest change of contrast, share")
+    saturation: Share = Field(default=0.2, description="largest change of saturation, share")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale: {self.scale[0]} > {self.scale[1]}")
+        return self

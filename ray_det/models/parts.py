@@ -1,0 +1,46 @@
+"""Parts of a detector that are trained differently from the rest: its backbone, and what is frozen."""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import nn
+
+from ray_det.models.detector import Detector
+from ray_det.models.torchvision_backbones import freeze_batchnorm
+from ray_det.types import UserError
+
+BACKBONE = "backbone"
+
+
+def backbone_of(detector: Detector, option: str) -> nn.Module:
+    """Raises UserError, with the option's name: the detector has none."""
+    if detector.backbone is None:
+        kind = type(detector.get_submodule("net")).__name__
+        raise UserError(f"{option}: {kind} has no backbone apart from the rest of the model")
+    return detector.backbone
+
+
+def freeze(detector: Detector, names: tuple[str, ...]) -> None:
+    """Keep the weights of some modules as they are, and their batch norms in eval mode.
+
+    Args:
+        names: `backbone`, or names of modules inside the library's network (`backbone.body.conv1`).
+
+    Raises:
+        UserError: an unknown name (the nearest are named), or nothing is left to train.
+    """
+    net = detector.get_submodule("net")
+    known = {name: module for name, module in net.named_modules() if name}
+    for name in names:
+        if name == BACKBONE:
+            module = backbone_of(detector, "model.freeze")
+        elif name in known:
+            module = known[name]
+        else:
+            near = difflib.get_close_matches(name, [BACKBONE, *known], n=3, cutoff=0)
+            raise UserError(f"model.freeze: {type(net).__name__} has no module '{name}'; nearest: {', '.join(near)}")
+        module.requires_grad_(False)
+        freeze_batchnorm(module)
+    if not any(p.requires_grad for p in detector.parameters()):
+        raise UserError(f"model.freeze {','.join(names)} leaves nothing to train")
