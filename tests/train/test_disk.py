@@ -67,5 +67,5 @@ def test_a_disk_that_stays_full_is_one_clear_error_and_loses_no_checkpoint(small
         with pytest.raises((StorageError, OSError), match="[Nn]o space left"):
             run_alone(asked(small_coco, disk, storage_timeout_s=1))
     kept = disk / "run" / "kept" / f"checkpoint_{STEPS:08d}_validate"
-    assert sorted(os.listdir(kept)) == ["model.safetensors", "optimizer.pt", "state.json"]
+    assert sorted(os.listdir(kept)) == ["ema.safetensors", "model.safetensors", "optimizer.pt", "state.json"]
     assert all((staged / "state.json").exists() for staged in (disk / "run" / "staging").iterdir())
