@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ray_det.models.criterion import without_syncs
 from ray_det.models.detector import Batch, Detector, Prediction
 from ray_det.types import IMAGENET_MEAN, UserError
 
@@ -69,7 +70,7 @@ class TransformersDetector(Detector):
         self.size_divisor = size_divisor(network.config)
         self.coefficients = loss_coefficients(network.config)
         self.loss_names = tuple(self.coefficients)
-        network.loss_function = ExactCriterion(network.loss_function)
+        network.loss_function = ExactCriterion(without_syncs(network.loss_function))
         for name, module in list(network.named_modules()):
             if EXACT_HEADS.search(name) and not isinstance(module, nn.ModuleList):
                 cast(nn.Module, module).__class__ = in_full_precision(type(module))
