@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert
 from transformers.loss.loss_d_fine import weighting_function

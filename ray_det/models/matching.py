@@ -59,9 +59,7 @@ def match(
     return np.stack(query_LM), np.stack(box_LM)
 
 
-def match_cost(
-    logits_LBQC: Tensor, boxes_LBQ4: Tensor, targets: list[dict[str, Tensor]], costs: MatchCosts
-) -> Tensor:
+def match_cost(logits_LBQC: Tensor, boxes_LBQ4: Tensor, targets: list[dict[str, Tensor]], costs: MatchCosts) -> Tensor:
     """(L, B, N, Q), a box a row as the solver likes it. What is not finite becomes the largest number."""
     label_BN = pad_sequence([t["class_labels"] for t in targets], batch_first=True)
     box_BN14 = pad_sequence([t["boxes"] for t in targets], batch_first=True)[:, :, None]

@@ -111,7 +111,7 @@ class TransformersDetector(Detector):
     def labels(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Labels, and boxes (N, 4) as centre x, centre y, width, height in shares of the canvas."""
         height, width = batch.images_B3HW.shape[-2:]
-        scale = batch.targets[0]["boxes"].new_tensor([width, height, width, height])
+        scale = torch.tensor([width, height] * 2).to(batch.images_B3HW.device, non_blocking=True)
         return [
             {"class_labels": t["labels"], "boxes": box_convert(t["boxes"], "xyxy", "cxcywh") / scale}
             for t in batch.targets

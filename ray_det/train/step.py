@@ -101,7 +101,7 @@ def train_step(
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         padded = sum(map(_padded_share, micro_batches)) / share
         skipped = sum(bool(why) for micro in micro_batches for why in micro.skipped_B)
-        more = total.new_tensor([padded, skipped, *asked])
+        more = torch.tensor([padded, skipped, *asked]).to(device, non_blocking=True)
         at("all-reduce of the losses")
         values = _mean_over_ranks(torch.cat([total, norm.reshape(1), more]))
         applied = bool(np.isfinite(values).all())
