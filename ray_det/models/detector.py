@@ -13,6 +13,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,34 +109,46 @@ class Detector(nn.Module):
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> Batch:
-    """Copy pixels, boxes and labels to the device; what only bookkeeping reads stays on the host."""
+    """Copy pixels, boxes and labels to the device, in two copies that the host does not wait for.
+
+    What only bookkeeping reads stays on the host.
+    """
     pixels = torch.from_numpy(micro.pixels_BHW3)
     if device.type == "cuda":
         pixels = pixels.pin_memory()
     images_B3HW = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
     height, width = micro.pixels_BHW3.shape[1:3]
     sizes = [(int(h), int(w)) for h, w in micro.sizes_B2]
-    targets = [_target(micro, i, device) for i in range(len(sizes))]
-    return Batch(images_B3HW, pixel_mask(sizes, height, width, device), sizes, targets)
+    sizes_B2, boxes, labels = _annotations(micro, device)
+    targets = [_target(micro, i, *both) for i, both in enumerate(zip(boxes, labels, strict=True))]
+    return Batch(images_B3HW, pixel_mask(sizes_B2, height, width), sizes, targets)
 
 
-def pixel_mask(sizes: list[tuple[int, int]], height: int, width: int, device: torch.device) -> Tensor:
+def pixel_mask(sizes_B2: Tensor, height: int, width: int) -> Tensor:
     """bool (B, H, W), True where a pixel is real."""
-    size_B2 = torch.tensor(sizes, device=device)
-    rows = torch.arange(height, device=device) < size_B2[:, :1]
-    columns = torch.arange(width, device=device) < size_B2[:, 1:]
+    rows = torch.arange(height, device=sizes_B2.device) < sizes_B2[:, :1]
+    columns = torch.arange(width, device=sizes_B2.device) < sizes_B2[:, 1:]
     return rows[:, :, None] & columns[:, None, :]
 
 
-def _target(micro: MicroBatch, i: int, device: torch.device) -> Target:
-    boxes = torch.from_numpy(micro.boxes_N4[i])
-    labels = torch.from_numpy(micro.labels_N[i])
+def _annotations(micro: MicroBatch, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Sizes int64 (B, 2), and of every image boxes float32 (N, 4) and labels int64 (N,): views of one copy."""
+    counts = [len(labels) for labels in micro.labels_N]
+    boxes = np.ascontiguousarray(np.concatenate(micro.boxes_N4), np.float32).view(np.int64)
+    parts = [part.ravel() for part in (micro.sizes_B2, np.concatenate(micro.labels_N), boxes)]
+    packed = torch.from_numpy(np.concatenate(parts, dtype=np.int64)).to(device, non_blocking=True)
+    sizes, labels, boxes = packed.split([len(part) for part in parts])
+    return sizes.view(-1, 2), boxes.view(torch.float32).view(-1, 4).split(counts), labels.split(counts)
+
+
+def _target(micro: MicroBatch, i: int, boxes: Tensor, labels: Tensor) -> Target:
+    x0, y0, x1, y1 = torch.from_numpy(micro.boxes_N4[i]).unbind(-1)
     return Target(
-        boxes=boxes.to(device, non_blocking=True),
-        labels=labels.to(device, non_blocking=True),
+        boxes=boxes,
+        labels=labels,
         image_id=torch.tensor(int(micro.image_ids_B[i])),
-        area=(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]),
-        iscrowd=torch.zeros_like(labels),
+        area=(x1 - x0) * (y1 - y0),
+        iscrowd=torch.zeros(len(labels), dtype=torch.int64),
         orig_size=torch.from_numpy(micro.orig_sizes_B2[i].astype("int64")),
         size=torch.from_numpy(micro.sizes_B2[i].astype("int64")),
     )

@@ -23,6 +23,7 @@ from torch.profiler import record_function
 from torchvision.ops import box_convert
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ray_det.models.criterion import without_syncs
 from ray_det.models.detector import Batch, Detector, Prediction
 from ray_det.types import IMAGENET_MEAN, UserError
 
@@ -70,7 +71,7 @@ class TransformersDetector(Detector):
         self.size_divisor = size_divisor(network.config)
         self.coefficients = loss_coefficients(network.config)
         self.loss_names = tuple(self.coefficients)
-        network.loss_function = ExactCriterion(network.loss_function)
+        network.loss_function = ExactCriterion(without_syncs(network.loss_function))
         for name, module in list(network.named_modules()):
             if EXACT_HEADS.search(name) and not isinstance(module, nn.ModuleList):
                 cast(nn.Module, module).__class__ = in_full_precision(type(module))
@@ -115,7 +116,7 @@ class TransformersDetector(Detector):
     def labels(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Labels, and boxes (N, 4) as centre x, centre y, width, height in shares of the canvas."""
         height, width = batch.images_B3HW.shape[-2:]
-        scale = batch.targets[0]["boxes"].new_tensor([width, height, width, height])
+        scale = torch.tensor([width, height] * 2).to(batch.images_B3HW.device, non_blocking=True)
         return [
             {"class_labels": t["labels"], "boxes": box_convert(t["boxes"], "xyxy", "cxcywh") / scale}
             for t in batch.targets
