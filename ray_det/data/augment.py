@@ -79,18 +79,21 @@ def _colour(config: AugmentConfig, brightness: float, contrast: float, saturatio
 
 
 def apply(view: View, image_HW3: np.ndarray, out_HW3: np.ndarray) -> None:
-    """Write the view of an image into `out_HW3`, a (view.height, view.width, 3) window of a canvas."""
-    crop = image_HW3[view.y0 : view.y1, view.x0 : view.x1]
-    if crop.shape[:2] == (view.height, view.width):
-        pixels = crop
-    else:
-        shrinks = view.height < crop.shape[0] and view.width < crop.shape[1]
-        pixels = cv2.resize(
-            crop, (view.width, view.height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        )
+    """Write the view of an image into `out_HW3`, a (view.height, view.width, 3) window of a canvas.
+
+    Each pass after the first works in place: fresh memory costs more than most of them.
+    """
+    pixels = image_HW3[view.y0 : view.y1, view.x0 : view.x1]
+    if pixels.shape[:2] != (view.height, view.width):
+        shrinks = view.height < pixels.shape[0] and view.width < pixels.shape[1]
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        pixels = cv2.resize(pixels, (view.width, view.height), dst=out_HW3, interpolation=how)
     if view.colour is not None:
-        pixels = cv2.transform(pixels, view.colour)
-    out_HW3[:] = pixels[:, ::-1] if view.flip else pixels
+        pixels = cv2.transform(pixels, view.colour, dst=out_HW3)
+    if view.flip:
+        cv2.flip(pixels, 1, dst=out_HW3)
+    elif pixels is not out_HW3:
+        out_HW3[:] = pixels
 
 
 def apply_to_boxes(view: View, boxes_N4: np.ndarray, min_visible: float) -> tuple[np.ndarray, np.ndarray]:

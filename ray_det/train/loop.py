@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ray_det.data.collate import shard
+from ray_det.data.collate import Shard
 from ray_det.data.plan import EpochPlan
 from ray_det.train.evaluation import evaluate_split
 from ray_det.train.finish import finish
@@ -81,7 +81,7 @@ def _train_epoch(session: Session) -> None:
     if session.state.step == 0:
         _announce(session, plan)
     own = plan.micro_batches_of(runtime.rank, runtime.world)
-    work = shard(
+    work = Shard(
         session.job.manifests["train"],
         plan.assign(runtime.rank, runtime.world, session.state.step),
         session.load_spec(training=True),
