@@ -42,6 +42,7 @@ class LoadSpec:
     limits: ImageLimits = DEFAULT_LIMITS
     skip_bad: bool = False  # an image that cannot be loaded becomes a blank one
     patience_s: float = PATIENCE_S  # for which a storage may be out of reach
+    scaled_decode: bool = False  # JPEGs may be decoded smaller than they are stored
 
 
 @dataclass(frozen=True)
@@ -137,40 +138,44 @@ def _load_image(
     """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,), why it was skipped."""
     fit = resized(np.array(image.size[0]), np.array(image.size[1]), image_size, spec.resize)
     canvas, config = (canvas_HW3.shape[0], canvas_HW3.shape[1]), spec.augment
-    view = augment.whole(image.size, (int(fit[0]), int(fit[1])))
-    try:
-        pixels = _decode(image, spec)
-    except UserError as error:
-        if not spec.skip_bad:
-            raise
-        # Its place in the plan is kept: nobody else's images, canvas or random numbers change.
-        canvas_HW3[:] = _fill(spec.padding)
-        return (view.height, view.width), np.empty((0, 4), np.float32), np.empty(0, np.int64), str(error)
+    view = whole = augment.whole(image.size, (int(fit[0]), int(fit[1])))
     if config is not None:
         rng = np.random.default_rng([spec.seed, epoch, image.id % 2**63])
         view = augment.sample(rng, config, image.size, (view.height, view.width), canvas)
     if view.height > canvas[0] or view.width > canvas[1]:
         raise AssertionError(f"{image.place.name}: {view} does not fit the planned canvas {canvas}")
-    _place(view, pixels, spec.padding, canvas_HW3)
+    shrink = augment.shrink_of(view) if spec.scaled_decode else 1
+    view = augment.aligned(view, image.size, shrink)
+    try:
+        pixels = _decode(image, spec, shrink)
+    except UserError as error:
+        if not spec.skip_bad:
+            raise
+        # Its place in the plan is kept: nobody else's images, canvas or random numbers change.
+        canvas_HW3[:] = _fill(spec.padding)
+        return (whole.height, whole.width), np.empty((0, 4), np.float32), np.empty(0, np.int64), str(error)
+    _place(view, pixels, spec.padding, canvas_HW3, shrink if pixels.shape[:2] != image.size else 1)
     boxes = box_ops.clip(image.boxes_N4, *image.size)
     boxes, keep = augment.apply_to_boxes(view, boxes, config.min_visible if config else 0.0)
     return (view.height, view.width), boxes, image.labels_N[keep], ""
 
 
-def _decode(image: _Image, spec: LoadSpec) -> np.ndarray:
-    name, planned = image.place.name, image.size
+def _decode(image: _Image, spec: LoadSpec, shrink: int) -> np.ndarray:
+    """All pixels of the image, or of a JPEG a part, as `shrink` says."""
+    name = image.place.name
     try:
-        pixels = decode.decode(image.place.read(spec.limits.bytes, spec.patience_s), name, spec.limits)
-        if pixels.shape[:2] != planned:
-            raise UserError(f"{name} is {pixels.shape[:2]} (h, w), the manifest says {planned}: prepare it again")
+        data = image.place.read(spec.limits.bytes, spec.patience_s)
+        pixels, size = decode.decode_for(data, name, lambda size: shrink, spec.limits)
+        if size != image.size:
+            raise UserError(f"{name} is {size} (h, w), the manifest says {image.size}: prepare it again")
     except UserError as error:
         raise UserError(f"image {image.id}: {error}") from error
     return pixels
 
 
-def _place(view: augment.View, image_HW3: np.ndarray, padding: str, canvas_HW3: np.ndarray) -> None:
-    """The view of an image top-left on the canvas, the rest filled."""
-    augment.apply(view, image_HW3, canvas_HW3[: view.height, : view.width])
+def _place(view: augment.View, image_HW3: np.ndarray, padding: str, canvas_HW3: np.ndarray, shrink: int = 1) -> None:
+    """The view of an image, which is shrunk already, top-left on the canvas, the rest filled."""
+    augment.apply(view, image_HW3, canvas_HW3[: view.height, : view.width], shrink)
     fill = _fill(padding)
     canvas_HW3[view.height :] = fill
     canvas_HW3[: view.height, view.width :] = fill
@@ -181,10 +186,15 @@ def _fill(padding: str) -> np.ndarray:
     return MEAN_PIXEL if padding == "mean" else np.zeros(3, np.uint8)
 
 
-def pad_to_canvas(image_HW3: np.ndarray, fit: tuple[int, int], padding: str, canvas_HW3: np.ndarray) -> None:
-    """What `load` does in evaluation, for an image that is decoded already: resize to (h, w) `fit`, place, fill."""
-    source = (image_HW3.shape[0], image_HW3.shape[1])
-    _place(augment.whole(source, fit), image_HW3, padding, canvas_HW3)
+def pad_to_canvas(
+    image_HW3: np.ndarray, size: tuple[int, int], fit: tuple[int, int], padding: str, canvas_HW3: np.ndarray
+) -> None:
+    """What `load` does in evaluation, for an image of (h, w) `size` that is decoded already, perhaps smaller.
+
+    It is resized to (h, w) `fit`, placed, and the rest is filled.
+    """
+    view = augment.whole(size, fit)
+    _place(view, image_HW3, padding, canvas_HW3, augment.shrink_of(view) if image_HW3.shape[:2] != size else 1)
 
 
 _ARRAYS = {"sizes": np.int32, "orig_sizes": np.int32, "image_ids": np.int64, "boxes": np.float32, "labels": np.int64}

@@ -51,7 +51,8 @@ def infer_split(
         rank=rank,
         world=world,
     )
-    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad=data.on_bad_image == "skip")
+    skip_bad = data.on_bad_image == "skip"
+    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad, scaled_decode=data.scaled_decode)
     batches = stream(Shard(manifest, plan, spec))
     yield from infer(detector, batches, device, bf16=bf16, with_loss=with_loss)
 
