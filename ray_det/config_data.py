@@ -42,6 +42,11 @@ class DatasetConfig(Section):
     padding: Literal["mean", "zero"] = Field(
         default="mean", description="what padded pixels hold: ImageNet's mean, or black"
     )
+    scaled_decode: bool = Field(
+        default=False,
+        description="decode JPEGs at 1/2, 1/4 or 1/8 of their size where that is still as large as needed: faster, "
+        "the pixels differ a little",
+    )
     window: PositiveInt = Field(
         default=16,
         description="global batches per window of the plan, inside which images are sorted by aspect ratio; 1: random",

@@ -5,7 +5,7 @@ Geometry is one crop, one resize and one flip; colour is one affine map of RGB: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -78,19 +78,42 @@ def _colour(config: AugmentConfig, brightness: float, contrast: float, saturatio
     return np.concatenate([b * c * mix, np.full((3, 1), b * (1 - c) * gray)], axis=1).astype(np.float32)
 
 
-def apply(view: View, image_HW3: np.ndarray, out_HW3: np.ndarray) -> None:
-    """Write the view of an image into `out_HW3`, a (view.height, view.width, 3) window of a canvas."""
-    crop = image_HW3[view.y0 : view.y1, view.x0 : view.x1]
-    if crop.shape[:2] == (view.height, view.width):
-        pixels = crop
-    else:
-        shrinks = view.height < crop.shape[0] and view.width < crop.shape[1]
-        pixels = cv2.resize(
-            crop, (view.width, view.height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        )
+def shrink_of(view: View) -> int:
+    """The largest of 1, 2, 4 and 8 by which an image can be shrunk and still have a pixel for each of the view's."""
+    spare = min((view.y1 - view.y0) / view.height, (view.x1 - view.x0) / view.width)
+    return max((k for k in (2, 4, 8) if k <= spare), default=1)
+
+
+def aligned(view: View, source: tuple[int, int], shrink: int) -> View:
+    """The view with its crop grown by less than `shrink` pixels a side: it starts and ends between shrunk pixels."""
+
+    def up(end: int, size: int) -> int:
+        return min(-(-end // shrink) * shrink, size)
+
+    x0, y0 = view.x0 // shrink * shrink, view.y0 // shrink * shrink
+    return replace(view, x0=x0, y0=y0, x1=up(view.x1, source[1]), y1=up(view.y1, source[0]))
+
+
+def apply(view: View, image_HW3: np.ndarray, out_HW3: np.ndarray, shrink: int = 1) -> None:
+    """Write the view of an image into `out_HW3`, a (view.height, view.width, 3) window of a canvas.
+
+    Each pass after the first works in place: fresh memory costs more than most of them.
+
+    Args:
+        shrink: what the image has been shrunk by; the view is aligned to it.
+    """
+    rows, columns = (slice(a // shrink, -(-b // shrink)) for a, b in ((view.y0, view.y1), (view.x0, view.x1)))
+    pixels = image_HW3[rows, columns]
+    if pixels.shape[:2] != (view.height, view.width):
+        shrinks = view.height < pixels.shape[0] and view.width < pixels.shape[1]
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        pixels = cv2.resize(pixels, (view.width, view.height), dst=out_HW3, interpolation=how)
     if view.colour is not None:
-        pixels = cv2.transform(pixels, view.colour)
-    out_HW3[:] = pixels[:, ::-1] if view.flip else pixels
+        pixels = cv2.transform(pixels, view.colour, dst=out_HW3)
+    if view.flip:
+        cv2.flip(pixels, 1, dst=out_HW3)
+    elif pixels is not out_HW3:
+        out_HW3[:] = pixels
 
 
 def apply_to_boxes(view: View, boxes_N4: np.ndarray, min_visible: float) -> tuple[np.ndarray, np.ndarray]:

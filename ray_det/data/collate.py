@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_det import boxes as box_ops
 from ray_det.config import AugmentConfig
 from ray_det.data import augment, decode, paths
-from ray_det.data.manifest import Manifest
+from ray_det.data.manifest import PLACE, Manifest, Place
 from ray_det.data.plan import Assignment, resized
 from ray_det.retry import PATIENCE_S
 from ray_det.types import DEFAULT_LIMITS, IMAGENET_MEAN, ImageLimits, MicroBatch, UserError
 
 MEAN_PIXEL = np.round(255 * np.array(IMAGENET_MEAN)).astype(np.uint8)
+LOADED = ("image_id", "uri", "height", "width", "boxes", "labels", "box_ok", *PLACE)
+"""Columns of the manifest that loaders need."""
 THREADS = 2
 """Images loaded at once by one loader: decoding releases the GIL, and one may wait for the disk."""
 
@@ -38,20 +42,26 @@ class LoadSpec:
     limits: ImageLimits = DEFAULT_LIMITS
     skip_bad: bool = False  # an image that cannot be loaded becomes a blank one
     patience_s: float = PATIENCE_S  # for which a storage may be out of reach
+    scaled_decode: bool = False  # JPEGs may be decoded smaller than they are stored
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Micro-batches to load and the manifest rows that they need, in the order of `assignment.rows`."""
+    """Micro-batches to load of a manifest's images."""
 
+    manifest: Manifest
     assignment: Assignment
-    images: Manifest
     spec: LoadSpec
 
 
-def shard(manifest: Manifest, assignment: Assignment, spec: LoadSpec) -> Shard:
-    """Cut a manifest to what an assignment needs: this, not the whole manifest, travels to the loaders."""
-    return Shard(assignment, replace(manifest, table=manifest.table.take(assignment.rows)), spec)
+class _Image(NamedTuple):
+    """What is loaded of a manifest row."""
+
+    id: int
+    size: tuple[int, int]  # (h, w) as stored
+    place: Place
+    boxes_N4: np.ndarray  # float64 xyxy in pixels of the stored image: those that may be trained on
+    labels_N: np.ndarray  # int64
 
 
 def load(work: Shard, start: int = 0, stop: int | None = None) -> list[MicroBatch]:
@@ -63,26 +73,45 @@ def load(work: Shard, start: int = 0, stop: int | None = None) -> list[MicroBatc
     """
     cv2.setNumThreads(0)  # the pool below is the parallelism
     part = work.assignment.slice(start, len(work.assignment) if stop is None else stop)
-    first = int(work.assignment.offsets[start])
-    records = work.images.table.slice(first, len(part.rows)).to_pylist()
-    for i, record in enumerate(records):
-        record["place"] = place = work.images.place(first + i)
-        if place.shard is None and paths.is_outside(place.uri, work.images.root):
-            raise UserError(f"{place.uri} is refused: it is a symbolic link that leaves {work.images.root}")
+    images = _images(work.manifest, part.rows)
     areas = np.diff(part.offsets) * part.canvas.prod(axis=1, dtype=np.int64) * 3
     ends = np.cumsum(areas)
     buffer = np.empty(int(ends[-1]), np.uint8)
     with ThreadPoolExecutor(THREADS) as pool:
         return [
-            _load_one(work.spec, part, i, records, buffer[end - size : end], pool)
+            _load_one(work.spec, part, i, images, buffer[end - size : end], pool)
             for i, (end, size) in enumerate(zip(ends, areas, strict=True))
         ]
 
 
+def _images(manifest: Manifest, rows: np.ndarray) -> list[_Image]:
+    """The images at these rows.
+
+    Raises:
+        UserError: a symbolic link leads out of the root.
+    """
+    table = manifest.table.select(LOADED).take(rows)
+    columns = {name: table[name].combine_chunks() for name in LOADED}
+    lengths = pc.call_function("list_value_length", [columns["box_ok"]]).to_numpy()
+    usable = columns["box_ok"].flatten().to_numpy(zero_copy_only=False)
+    boxes = box_ops.xywh_to_xyxy(columns["boxes"].flatten().flatten().to_numpy().reshape(-1, 4)[usable])
+    labels = columns["labels"].flatten().to_numpy()[usable].astype(np.int64)
+    kept = np.concatenate([[0], np.cumsum(usable)])  # of the first i boxes
+    cuts = kept[np.cumsum(lengths)]
+    places = manifest.places(columns)
+    for place in places:
+        if place.shard is None and paths.is_outside(place.uri, manifest.root):
+            raise UserError(f"{place.uri} is refused: it is a symbolic link that leaves {manifest.root}")
+    sizes = zip(columns["height"].to_pylist(), columns["width"].to_pylist(), strict=True)
+    boxes_of, labels_of = np.split(boxes, cuts[:-1]), np.split(labels, cuts[:-1])
+    ids = columns["image_id"].to_pylist()
+    return [_Image(*values) for values in zip(ids, sizes, places, boxes_of, labels_of, strict=True)]
+
+
 def _load_one(
-    spec: LoadSpec, part: Assignment, i: int, records: list[dict], buffer: np.ndarray, pool: ThreadPoolExecutor
+    spec: LoadSpec, part: Assignment, i: int, images: list[_Image], buffer: np.ndarray, pool: ThreadPoolExecutor
 ) -> MicroBatch:
-    images = records[part.offsets[i] : part.offsets[i + 1]]
+    images = images[part.offsets[i] : part.offsets[i + 1]]
     epoch, step, index = map(int, part.keys[i])
     height, width = map(int, part.canvas[i])
     pixels = buffer.reshape(len(images), height, width, 3)
@@ -95,8 +124,8 @@ def _load_one(
         index,
         pixels,
         np.array(sizes, np.int32),
-        np.array([(r["height"], r["width"]) for r in images], np.int32),
-        np.array([r["image_id"] for r in images], np.int64),
+        np.array([image.size for image in images], np.int32),
+        np.array([image.id for image in images], np.int64),
         list(boxes),
         list(labels),
         skipped if any(skipped) else (),
@@ -104,46 +133,49 @@ def _load_one(
 
 
 def _load_image(
-    spec: LoadSpec, record: dict, epoch: int, image_size: int, canvas_HW3: np.ndarray
+    spec: LoadSpec, image: _Image, epoch: int, image_size: int, canvas_HW3: np.ndarray
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray, str]:
     """Decode one image onto its canvas -> (h, w) of its real pixels, boxes (N, 4), labels (N,), why it was skipped."""
-    source = (record["height"], record["width"])
-    fit = resized(np.array(source[0]), np.array(source[1]), image_size, spec.resize)
+    fit = resized(np.array(image.size[0]), np.array(image.size[1]), image_size, spec.resize)
     canvas, config = (canvas_HW3.shape[0], canvas_HW3.shape[1]), spec.augment
-    view = augment.whole(source, (int(fit[0]), int(fit[1])))
+    view = whole = augment.whole(image.size, (int(fit[0]), int(fit[1])))
+    if config is not None:
+        rng = np.random.default_rng([spec.seed, epoch, image.id % 2**63])
+        view = augment.sample(rng, config, image.size, (view.height, view.width), canvas)
+    if view.height > canvas[0] or view.width > canvas[1]:
+        raise AssertionError(f"{image.place.name}: {view} does not fit the planned canvas {canvas}")
+    shrink = augment.shrink_of(view) if spec.scaled_decode else 1
+    view = augment.aligned(view, image.size, shrink)
     try:
-        image = _decode(record, spec)
+        pixels = _decode(image, spec, shrink)
     except UserError as error:
         if not spec.skip_bad:
             raise
         # Its place in the plan is kept: nobody else's images, canvas or random numbers change.
         canvas_HW3[:] = _fill(spec.padding)
-        return (view.height, view.width), np.empty((0, 4), np.float32), np.empty(0, np.int64), str(error)
-    if config is not None:
-        rng = np.random.default_rng([spec.seed, epoch, record["image_id"] % 2**63])
-        view = augment.sample(rng, config, source, (view.height, view.width), canvas)
-    if view.height > canvas[0] or view.width > canvas[1]:
-        raise AssertionError(f"{record['place'].name}: {view} does not fit the planned canvas {canvas}")
-    _place(view, image, spec.padding, canvas_HW3)
-    boxes, labels = _targets(record)
-    boxes, keep = augment.apply_to_boxes(view, box_ops.clip(boxes, *source), config.min_visible if config else 0.0)
-    return (view.height, view.width), boxes, labels[keep], ""
+        return (whole.height, whole.width), np.empty((0, 4), np.float32), np.empty(0, np.int64), str(error)
+    _place(view, pixels, spec.padding, canvas_HW3, shrink if pixels.shape[:2] != image.size else 1)
+    boxes = box_ops.clip(image.boxes_N4, *image.size)
+    boxes, keep = augment.apply_to_boxes(view, boxes, config.min_visible if config else 0.0)
+    return (view.height, view.width), boxes, image.labels_N[keep], ""
 
 
-def _decode(record: dict, spec: LoadSpec) -> np.ndarray:
-    place, planned = record["place"], (record["height"], record["width"])
+def _decode(image: _Image, spec: LoadSpec, shrink: int) -> np.ndarray:
+    """All pixels of the image, or of a JPEG a part, as `shrink` says."""
+    name = image.place.name
     try:
-        image = decode.decode(place.read(spec.limits.bytes, spec.patience_s), place.name, spec.limits)
-        if image.shape[:2] != planned:
-            raise UserError(f"{place.name} is {image.shape[:2]} (h, w), the manifest says {planned}: prepare it again")
+        data = image.place.read(spec.limits.bytes, spec.patience_s)
+        pixels, size = decode.decode_for(data, name, lambda size: shrink, spec.limits)
+        if size != image.size:
+            raise UserError(f"{name} is {size} (h, w), the manifest says {image.size}: prepare it again")
     except UserError as error:
-        raise UserError(f"image {record['image_id']}: {error}") from error
-    return image
+        raise UserError(f"image {image.id}: {error}") from error
+    return pixels
 
 
-def _place(view: augment.View, image_HW3: np.ndarray, padding: str, canvas_HW3: np.ndarray) -> None:
-    """The view of an image top-left on the canvas, the rest filled."""
-    augment.apply(view, image_HW3, canvas_HW3[: view.height, : view.width])
+def _place(view: augment.View, image_HW3: np.ndarray, padding: str, canvas_HW3: np.ndarray, shrink: int = 1) -> None:
+    """The view of an image, which is shrunk already, top-left on the canvas, the rest filled."""
+    augment.apply(view, image_HW3, canvas_HW3[: view.height, : view.width], shrink)
     fill = _fill(padding)
     canvas_HW3[view.height :] = fill
     canvas_HW3[: view.height, view.width :] = fill
@@ -154,17 +186,15 @@ def _fill(padding: str) -> np.ndarray:
     return MEAN_PIXEL if padding == "mean" else np.zeros(3, np.uint8)
 
 
-def pad_to_canvas(image_HW3: np.ndarray, fit: tuple[int, int], padding: str, canvas_HW3: np.ndarray) -> None:
-    """What `load` does in evaluation, for an image that is decoded already: resize to (h, w) `fit`, place, fill."""
-    source = (image_HW3.shape[0], image_HW3.shape[1])
-    _place(augment.whole(source, fit), image_HW3, padding, canvas_HW3)
+def pad_to_canvas(
+    image_HW3: np.ndarray, size: tuple[int, int], fit: tuple[int, int], padding: str, canvas_HW3: np.ndarray
+) -> None:
+    """What `load` does in evaluation, for an image of (h, w) `size` that is decoded already, perhaps smaller.
 
-
-def _targets(record: dict) -> tuple[np.ndarray, np.ndarray]:
-    """(xyxy float64 (N, 4), labels int64 (N,)) of the boxes that may be trained on."""
-    ok = np.array(record["box_ok"], bool)
-    boxes = np.array(record["boxes"], np.float64).reshape(-1, 4)[ok]
-    return box_ops.xywh_to_xyxy(boxes), np.array(record["labels"], np.int64)[ok]
+    It is resized to (h, w) `fit`, placed, and the rest is filled.
+    """
+    view = augment.whole(size, fit)
+    _place(view, image_HW3, padding, canvas_HW3, augment.shrink_of(view) if image_HW3.shape[:2] != size else 1)
 
 
 _ARRAYS = {"sizes": np.int32, "orig_sizes": np.int32, "image_ids": np.int64, "boxes": np.float32, "labels": np.int64}

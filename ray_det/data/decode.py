@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -61,16 +62,37 @@ def decode(data: bytes, name: str, limits: ImageLimits = DEFAULT_LIMITS) -> np.n
     Raises:
         UserError: `name` is not an image, a broken one, or over a limit.
     """
+    return decode_for(data, name, lambda size: 1, limits)[0]
+
+
+def decode_for(
+    data: bytes, name: str, shrink: Callable[[tuple[int, int]], int], limits: ImageLimits = DEFAULT_LIMITS
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """As `decode`, but a JPEG may come out smaller; -> (pixels, (h, w) as stored).
+
+    Args:
+        shrink: given (h, w) as stored, says by which of 1, 2, 4 and 8 both may be divided, rounded up. libjpeg-turbo
+            leaves out frequencies then: that is faster than decoding them, and low-pass filters. It knows eighths in
+            between too, which take longer than all of the picture.
+
+    Raises:
+        UserError: as `decode`.
+    """
     try:
         if len(data) > limits.bytes:
             raise files.too_large(len(data), limits.bytes)
-        pixels = _decode_jpeg(data, limits) if data[:2] == b"\xff\xd8" else None
-        return _decode_any(data, limits) if pixels is None else pixels
+        found = _decode_jpeg(data, shrink, limits) if data[:2] == b"\xff\xd8" else None
+        if found is None:
+            pixels = _decode_any(data, limits)
+            return pixels, (pixels.shape[0], pixels.shape[1])
+        return found
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
         raise UserError(f"cannot decode image {name}: {reason(error)}") from error
 
 
-def _decode_jpeg(data: bytes, limits: ImageLimits) -> np.ndarray | None:
+def _decode_jpeg(
+    data: bytes, shrink: Callable[[tuple[int, int]], int], limits: ImageLimits
+) -> tuple[np.ndarray, tuple[int, int]] | None:
     """None for what only Pillow can decide: CMYK, and files with errors, which it forgives or names."""
     check_scans(data)
     try:
@@ -78,7 +100,10 @@ def _decode_jpeg(data: bytes, limits: ImageLimits) -> np.ndarray | None:
         if colours not in ("YCbCr", "RGB", "Gray"):
             return None
         _check_size(int(width), int(height), limits)
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        size = int(height), int(width)
+        by = shrink(size)
+        least = (-(-size[0] // by), -(-size[1] // by)) if by > 1 else (0, 0)  # 0: all of it
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=least[0], min_width=least[1]), size
     except OverLimitError:
         raise
     except ValueError:
@@ -156,7 +181,10 @@ def check_scans(data: bytes) -> None:
     OverLimitError: a JPEG has more than `MAX_SCANS` scans. Other files pass.
     """
     # The count is a bound from above: it takes bytes of thumbnails and of what stands behind the picture too.
-    if data[:2] != b"\xff\xd8" or data.count(b"\xff\xda") <= MAX_SCANS:
+    if data[:2] != b"\xff\xd8":
+        return
+    octets = np.frombuffer(data, np.uint8)
+    if np.count_nonzero(octets[1:][octets[:-1] == 0xFF] == 0xDA) <= MAX_SCANS:  # three times as fast as bytes.count
         return
     at = scans = 0
     while (found := _MARKER.search(data, at + 2)) and found[0] != b"\xff\xd9":

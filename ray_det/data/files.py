@@ -117,7 +117,7 @@ def read_bytes(path: str, max_bytes: int | None = None, patience_s: float = PATI
 
 def _patiently(path: str, call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
     """A local disk is not waited for."""
-    return patiently(call, patience_s=patience_s if has_scheme(path) else 0)
+    return patiently(call, patience_s=patience_s) if has_scheme(path) else call()
 
 
 def _unreadable(path: str, error: Exception) -> UserError | StorageError:

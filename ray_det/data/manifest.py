@@ -9,7 +9,7 @@ Shape legend: R rows, M annotations.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,8 +102,13 @@ class Manifest:
         return paths.join(self.root, self.table["uri"][row].as_py())
 
     def place(self, row: int) -> Place:
-        shard, offset, length = (self.table[name][row].as_py() for name in PLACE)
-        return Place(self.uri(row), shard and paths.join(self.shards or "", shard), offset, length)
+        return self.places(self.table.slice(row, 1))[0]
+
+    def places(self, rows: pa.Table | Mapping[str, pa.Array]) -> list[Place]:
+        """Of the rows of its table, or some of them, that have at least `uri` and `PLACE`."""
+        uris = (paths.join(self.root, name) for name in rows["uri"].to_pylist())
+        shards = (name and paths.join(self.shards or "", name) for name in rows["shard"].to_pylist())
+        return list(map(Place, uris, shards, rows["offset"].to_pylist(), rows["length"].to_pylist()))
 
     @cached_property
     def counts(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ray_det.config import DatasetConfig
-from ray_det.data.collate import LoadSpec, Shard, shard
+from ray_det.data.collate import LoadSpec, Shard
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import plan_evaluation
 from ray_det.evaluate.coco_eval import coco_metrics, to_coco
@@ -51,8 +51,9 @@ def infer_split(
         rank=rank,
         world=world,
     )
-    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad=data.on_bad_image == "skip")
-    batches = stream(shard(manifest, plan, spec))
+    skip_bad = data.on_bad_image == "skip"
+    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad, scaled_decode=data.scaled_decode)
+    batches = stream(Shard(manifest, plan, spec))
     yield from infer(detector, batches, device, bf16=bf16, with_loss=with_loss)
 
 

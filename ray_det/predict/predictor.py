@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ray_det.data.augment import shrink_of, whole
 from ray_det.data.collate import pad_to_canvas
-from ray_det.data.decode import decode, read_image, to_rgb
+from ray_det.data.decode import decode, decode_for, read_image, to_rgb
+from ray_det.data.files import read_bytes
 from ray_det.data.plan import resized, round_up
 from ray_det.evaluate.inference import infer
 from ray_det.models.detector import Detector
@@ -64,24 +66,37 @@ class Predictor:
             UserError: an image cannot be read.
         """
         bf16 = use_bf16(self._config.train.precision, self.device)
-        limits = self._config.data.limits
-        batches = (self._batch(i, to_pixels(image, limits)) for i, image in enumerate(images))
+        batches = (self._batch(i, *self._decode(image)) for i, image in enumerate(images))
         found: Iterator = infer(self._detector, batches, self.device, bf16=bf16)
         return [detections for inferred in found for detections in inferred.detections]
 
-    def _batch(self, image_id: int, image_HW3: np.ndarray) -> MicroBatch:
-        data, source = self._config.data, image_HW3.shape[:2]
-        fit = resized(np.array(source[0]), np.array(source[1]), data.image_size, data.resize)
-        height, width = (int(v) for v in round_up(fit, self._detector.size_divisor))
+    def _decode(self, image: Any) -> tuple[np.ndarray, tuple[int, int]]:
+        """Pixels, of a file as `data.scaled_decode` has it, and (h, w) as stored."""
+        data = self._config.data
+        if not data.scaled_decode or not isinstance(image, str | Path | bytes):
+            pixels = to_pixels(image, data.limits)
+            return pixels, (pixels.shape[0], pixels.shape[1])
+        content = image if isinstance(image, bytes) else read_bytes(str(image), data.max_bytes)
+        name = "<bytes>" if isinstance(image, bytes) else str(image)
+        return decode_for(content, name, lambda size: shrink_of(whole(size, self._fit(size))), data.limits)
+
+    def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        data = self._config.data
+        height, width = resized(np.array(size[0]), np.array(size[1]), data.image_size, data.resize)
+        return int(height), int(width)
+
+    def _batch(self, image_id: int, image_HW3: np.ndarray, size: tuple[int, int]) -> MicroBatch:
+        fit = self._fit(size)
+        height, width = (int(v) for v in round_up(np.array(fit), self._detector.size_divisor))
         pixels = np.empty((1, height, width, 3), np.uint8)
-        pad_to_canvas(image_HW3, (int(fit[0]), int(fit[1])), data.padding, pixels[0])
+        pad_to_canvas(image_HW3, size, fit, self._config.data.padding, pixels[0])
         return MicroBatch(
             epoch=0,
             step=image_id,
             index=0,
             pixels_BHW3=pixels,
-            sizes_B2=fit[None].astype(np.int32),
-            orig_sizes_B2=np.array([source], np.int32),
+            sizes_B2=np.array([fit], np.int32),
+            orig_sizes_B2=np.array([size], np.int32),
             image_ids_B=np.array([image_id], np.int64),
             boxes_N4=[np.empty((0, 4), np.float32)],
             labels_N=[np.empty(0, np.int64)],

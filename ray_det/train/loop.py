@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from torch.profiler import record_function
 
-from ray_det.data.collate import shard
+from ray_det.data.collate import Shard
 from ray_det.data.plan import EpochPlan
 from ray_det.train.evaluation import evaluate_split
 from ray_det.train.finish import finish
@@ -93,7 +93,7 @@ def train_steps(session: Session, plan: EpochPlan) -> None:
     """The steps of an epoch that are left, each logged."""
     runtime, config = session.runtime, session.config
     own = plan.micro_batches_of(runtime.rank, runtime.world)
-    work = shard(
+    work = Shard(
         session.job.manifests["train"],
         plan.assign(runtime.rank, runtime.world, session.state.step),
         session.load_spec(training=True),

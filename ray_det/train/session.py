@@ -144,6 +144,7 @@ class Session:
             data.limits,
             skip_bad=data.on_bad_image == "skip",
             patience_s=config.workers.storage_timeout_s,
+            scaled_decode=data.scaled_decode,
         )
 
     def save(self, *, wait: bool = False, **changes: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ray_det.config import AugmentConfig, DatasetConfig
-from ray_det.data.collate import MEAN_PIXEL, LoadSpec, from_table, load, shard, to_table
+from ray_det.data.collate import MEAN_PIXEL, LoadSpec, Shard, from_table, load, to_table
 from ray_det.data.decode import decode
 from ray_det.data.plan import plan_epoch, plan_evaluation
 from ray_det.data.prepare import prepare
@@ -50,7 +50,7 @@ def same(a, b):
 
 def test_images_lie_top_left_on_the_planned_canvas_filled_with_the_mean(manifest):
     plan = plan_of(manifest)
-    for batch in load(shard(manifest, plan.assign(0, 1), TRAIN)):
+    for batch in load(Shard(manifest, plan.assign(0, 1), TRAIN)):
         assert batch.pixels_BHW3.shape[1:3] == tuple(plan.canvas_S2[batch.step])
         for pixels, (h, w), boxes in zip(batch.pixels_BHW3, batch.sizes_B2, batch.boxes_N4, strict=True):
             assert (pixels[h:] == MEAN_PIXEL).all() and (pixels[:h, w:] == MEAN_PIXEL).all()
@@ -60,7 +60,7 @@ def test_images_lie_top_left_on_the_planned_canvas_filled_with_the_mean(manifest
 
 def test_zero_padding_is_black(manifest):
     padded = []
-    for batch in load(shard(manifest, plan_of(manifest).assign(0, 1), replace(EVAL, padding="zero"))):
+    for batch in load(Shard(manifest, plan_of(manifest).assign(0, 1), replace(EVAL, padding="zero"))):
         for pixels, (h, w) in zip(batch.pixels_BHW3, batch.sizes_B2, strict=True):
             padded += [pixels[h:].ravel(), pixels[:h, w:].ravel()]
     assert np.concatenate(padded).size > 1000 and not np.concatenate(padded).any()
@@ -68,19 +68,19 @@ def test_zero_padding_is_black(manifest):
 
 def test_a_micro_batch_is_the_same_at_any_world_size_and_start(manifest):
     plan = plan_of(manifest)
-    alone = {(b.step, b.index): b for b in load(shard(manifest, plan.assign(0, 1), TRAIN))}
+    alone = {(b.step, b.index): b for b in load(Shard(manifest, plan.assign(0, 1), TRAIN))}
     for rank in range(2):
-        for batch in load(shard(manifest, plan.assign(rank, 2, start_step=1), TRAIN)):
+        for batch in load(Shard(manifest, plan.assign(rank, 2, start_step=1), TRAIN)):
             same(batch, alone.pop((batch.step, batch.index)))
     assert sorted(alone) == [(0, 0), (0, 1)]
 
 
 def test_augmentation_changes_with_the_epoch_not_with_the_call(manifest):
-    first, again = (load(shard(manifest, plan_of(manifest).assign(0, 1), TRAIN), 0, 1)[0] for _ in range(2))
+    first, again = (load(Shard(manifest, plan_of(manifest).assign(0, 1), TRAIN), 0, 1)[0] for _ in range(2))
     same(first, again)
     plan = plan_of(manifest)
     later = replace(plan, epoch=1).assign(0, 1)
-    assert not np.array_equal(first.pixels_BHW3, load(shard(manifest, later, TRAIN), 0, 1)[0].pixels_BHW3)
+    assert not np.array_equal(first.pixels_BHW3, load(Shard(manifest, later, TRAIN), 0, 1)[0].pixels_BHW3)
 
 
 def test_evaluation_shows_the_whole_image_and_its_boxes(manifest):
@@ -88,7 +88,7 @@ def test_evaluation_shows_the_whole_image_and_its_boxes(manifest):
     rows = np.flatnonzero(table["readable"].to_numpy())
     h, w = table["height"].to_numpy()[rows], table["width"].to_numpy()[rows]
     plan = plan_evaluation(h, w, rows, CONFIG, batch_size=4, divisor=32, rank=0, world=1)
-    for batch in load(shard(manifest, plan, EVAL)):
+    for batch in load(Shard(manifest, plan, EVAL)):
         for i, image_id in enumerate(batch.image_ids_B):
             record = table.slice(table["image_id"].to_pylist().index(image_id), 1).to_pylist()[0]
             assert tuple(batch.orig_sizes_B2[i]) == (record["height"], record["width"])
@@ -100,7 +100,7 @@ def test_evaluation_shows_the_whole_image_and_its_boxes(manifest):
 
 
 def test_arrow_gives_back_what_it_got(manifest):
-    batches = load(shard(manifest, plan_of(manifest).assign(0, 1), TRAIN))
+    batches = load(Shard(manifest, plan_of(manifest).assign(0, 1), TRAIN))
     table = to_table(batches)
     pixels = table["pixels"].chunk(0).buffers()[2]
     assert pixels.address == batches[0].pixels_BHW3.__array_interface__["data"][0], "pixels were copied"
@@ -121,7 +121,7 @@ def test_a_changed_image_is_an_error_that_names_it(manifest, tmp_path):
         [manifest.table["height"].to_numpy() + 1],
     )
     with pytest.raises(UserError, match="prepare it again"):
-        load(shard(replace(manifest, table=grown), plan_of(manifest).assign(0, 1), TRAIN), 0, 1)
+        load(Shard(replace(manifest, table=grown), plan_of(manifest).assign(0, 1), TRAIN), 0, 1)
 
 
 @pytest.fixture
@@ -139,9 +139,9 @@ def test_a_skipped_image_is_blank_and_nothing_else_changes(manifest, broken, spe
     """Nothing of its batch-mates, of the canvas, or of what comes through Arrow."""
     work = plan_of(manifest).assign(0, 1)
     with pytest.raises(UserError, match=r"^image \d+: cannot decode image .*/images/train_.*: "):
-        load(shard(broken[0], work, spec))
-    before = load(shard(manifest, work, spec))
-    after = load(shard(broken[0], work, replace(spec, skip_bad=True)))
+        load(Shard(broken[0], work, spec))
+    before = load(Shard(manifest, work, spec))
+    after = load(Shard(broken[0], work, replace(spec, skip_bad=True)))
     for a, b in zip(before[1:], after[1:], strict=True):
         same(a, b)
     a, b = before[0], after[0]
@@ -162,7 +162,7 @@ def test_a_skipped_image_is_blank_and_nothing_else_changes(manifest, broken, spe
 def test_an_image_of_another_size_is_skipped_too(manifest, broken):
     moved, row = broken
     Image.new("RGB", (9, 9)).save(path := moved.uri(row))
-    batch = load(shard(moved, plan_of(manifest).assign(0, 1), replace(TRAIN, skip_bad=True)), 0, 1)[0]
+    batch = load(Shard(moved, plan_of(manifest).assign(0, 1), replace(TRAIN, skip_bad=True)), 0, 1)[0]
     assert f"{path} is (9, 9) (h, w), the manifest says" in "".join(batch.skipped_B)
 
 
@@ -176,4 +176,4 @@ def test_a_link_out_of_the_root_is_never_followed(manifest, broken, tmp_path, sk
     with pytest.raises(
         UserError, match=rf"{path.name} is refused: it is a symbolic link that leaves {tmp_path}/images"
     ):
-        load(shard(moved, plan_of(manifest).assign(0, 1), replace(TRAIN, skip_bad=skip_bad)))
+        load(Shard(moved, plan_of(manifest).assign(0, 1), replace(TRAIN, skip_bad=skip_bad)))

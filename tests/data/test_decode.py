@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import Image
 
 from ray_det.config import DatasetConfig
-from ray_det.data.collate import LoadSpec, load, shard
+from ray_det.data.collate import LoadSpec, Shard, load
 from ray_det.data.decode import MAX_SCANS, decode, read_image
 from ray_det.data.headers import read_headers
 from ray_det.data.plan import plan_evaluation
@@ -159,7 +159,7 @@ def test_training_evaluation_and_prediction_see_the_same_pixels(kind, tmp_path):
     sizes, rows = (np.array([HEIGHT]), np.array([WIDTH])), np.array([0])
     config = DatasetConfig(image_size=WIDTH)  # nothing to resize
     plan = plan_evaluation(*sizes, rows, config, batch_size=1, divisor=1, rank=0, world=1)
-    loaded = load(shard(manifest, plan, LoadSpec("longest", "mean", 0, None)))[0].pixels_BHW3[0]
+    loaded = load(Shard(manifest, plan, LoadSpec("longest", "mean", 0, None)))[0].pixels_BHW3[0]
     expected = decode(data, "x")
     assert np.array_equal(loaded, expected)
     assert np.array_equal(to_pixels(tmp_path / "a.img"), expected)

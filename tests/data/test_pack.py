@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_det.config import AugmentConfig, DatasetConfig, TrainJobConfig
-from ray_det.data.collate import LoadSpec, load, shard
+from ray_det.data.collate import LoadSpec, Shard, load
 from ray_det.data.headers import map_in_threads
 from ray_det.data.manifest import SCHEMA, Manifest, read_manifest, write_manifest
 from ray_det.data.pack import pack
@@ -59,7 +59,7 @@ def assignments(manifest: Manifest) -> list[tuple[Assignment, LoadSpec]]:
 
 
 def batches(manifest: Manifest) -> list[MicroBatch]:
-    return [batch for plan, spec in assignments(manifest) for batch in load(shard(manifest, plan, spec))]
+    return [batch for plan, spec in assignments(manifest) for batch in load(Shard(manifest, plan, spec))]
 
 
 def assert_same(ours: list[MicroBatch], theirs: list[MicroBatch]) -> None:
@@ -171,7 +171,7 @@ def test_damage_is_named(plain: Manifest, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"train_00\d\d\.jpg \(byte \d+ of .*\.bin\)|\.bin is damaged: it ends before byte"
     ):
-        load(shard(replace(packed, table=moved), plan, spec))
+        load(Shard(replace(packed, table=moved), plan, spec))
     write_manifest(packed, path)
     content = pq.read_table(path)
     pq.write_table(moved.replace_schema_metadata(content.schema.metadata), path)
@@ -182,9 +182,9 @@ def test_damage_is_named(plain: Manifest, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"  # files that this process has open stay what they were
     (tmp_path / "shards").rename(elsewhere)
     with pytest.raises(UserError, match=r"elsewhere/shard-.*\.bin is damaged: it ends before byte"):
-        load(shard(replace(packed, shards=str(elsewhere)), plan, spec))
+        load(Shard(replace(packed, shards=str(elsewhere)), plan, spec))
     with pytest.raises(UserError, match=r"no such file: .*/gone/shard-.*\.bin"):
-        load(shard(replace(packed, shards=str(tmp_path / "gone")), plan, spec))
+        load(Shard(replace(packed, shards=str(tmp_path / "gone")), plan, spec))
 
 
 def test_the_job_packs_and_a_run_moves_to_the_shards(folder: Path, tmp_path: Path) -> None:

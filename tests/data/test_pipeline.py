@@ -10,7 +10,7 @@ import pytest
 
 from ray_det.config import DatasetConfig
 from ray_det.data import collate
-from ray_det.data.collate import LoadSpec, Shard, shard
+from ray_det.data.collate import LoadSpec, Shard
 from ray_det.data.plan import plan_epoch
 from ray_det.data.prepare import make
 from ray_det.types import UserError
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 def test_stream_is_load_in_order(manifest):  # noqa: F811
     from ray_det.data.pipeline import stream
 
-    work = collate.shard(manifest, plan_of(manifest).assign(1, 2), TRAIN)
+    work = collate.Shard(manifest, plan_of(manifest).assign(1, 2), TRAIN)
     streamed = list(stream(work))
     for one, other in zip(streamed, collate.load(work), strict=True):
         same(one, other)
@@ -40,7 +40,7 @@ def test_a_broken_image_names_itself(manifest, small_coco):  # noqa: F811
     names = manifest.table["uri"].to_pylist()
     broken = replace(manifest, table=manifest.table.set_column(1, "uri", [[f"gone/{n}" for n in names]]))
     with pytest.raises(UserError, match="gone/"):
-        list(stream(collate.shard(broken, plan_of(manifest).assign(0, 1), TRAIN)))
+        list(stream(collate.Shard(broken, plan_of(manifest).assign(0, 1), TRAIN)))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -76,7 +76,7 @@ def large_batches(json_path: Path) -> Shard:
     sizes = table["height"].to_numpy(), table["width"].to_numpy()
     rows = np.flatnonzero(table["trainable"].to_numpy())
     plan = plan_epoch(*sizes, rows, config, micro_batches=1, micro_batch_size=7, divisor=32, seed=0, epoch=0)
-    return shard(images, plan.assign(0, 1), LoadSpec("square", "mean", seed=0, augment=None))
+    return Shard(images, plan.assign(0, 1), LoadSpec("square", "mean", seed=0, augment=None))
 
 
 @pytest.mark.ray

@@ -16,7 +16,7 @@ from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.ops import box_iou
 
 from ray_det.config import DatasetConfig
-from ray_det.data.collate import LoadSpec, load, shard
+from ray_det.data.collate import LoadSpec, Shard, load
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import plan_evaluation
 from ray_det.data.prepare import prepare
@@ -119,7 +119,7 @@ def evaluation_batches(manifest: Manifest, divisor: int, resize: str) -> list[Mi
         rank=0,
         world=1,
     )
-    return load(shard(manifest, plan, LoadSpec(resize, "mean", seed=0, augment=None)))
+    return load(Shard(manifest, plan, LoadSpec(resize, "mean", seed=0, augment=None)))
 
 
 def perfect(detector: Detector) -> Callable[[Any, Batch], list[Prediction]]:
