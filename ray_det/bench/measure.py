@@ -80,12 +80,14 @@ def compare(
     peer: Arm,
     *,
     repeats: int,
+    warm_up: bool = True,
     target: str | None = None,
     more: dict[str, Any] | None = None,
 ) -> Figure:
-    """Run two arms in turn, `repeats` times each after a warm-up each that is not counted.
+    """Run two arms in turn, `repeats` times each.
 
     Args:
+        warm_up: one more repetition of each before, not counted.
         target: ">= 1.2x" or "<= 0.3x" of the ratio ours / peer, or without x of our value.
         more: put into the figure.
     """

@@ -1,0 +1,225 @@
+"""What an epoch costs on a cluster: measured and assumed costs of single operations, put together as this code does it.
+
+Per epoch, every rank plans all images, cuts out its own rows and hands them to Ray; loader tasks anywhere in the
+cluster read, decode and pad its micro-batches; the ranks step together; rank 0 keeps a checkpoint while all wait.
+Validation is left out. The model is closed: it has no queues and no chance in it, so it is a bound from above.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ray_det.config import Section
+
+GB, MIB = 1e9, 1 << 20
+OBJECT_STORE_SHARE = 0.3  # of a node's memory, Ray's default
+NOTICEABLE = 0.1
+"""Share of an epoch that something must cost to be called its bottleneck."""
+
+Origin = Literal["code", "measured", "others", "assumed", "placeholder"]
+"""Of a number: it stands in this code; was measured with it; was published by others; is a guess at the reader's
+cluster; or is to be replaced by a measurement that is under way."""
+
+
+def number(value: float, origin: Origin, text: str) -> Any:
+    return Field(default=value, gt=0, description=text, json_schema_extra={"origin": origin})
+
+
+class Costs(Section):
+    """Of single operations. Times are seconds, GB are 1e9 bytes."""
+
+    gpu_images_per_s: float = number(
+        265, "others", "images/s of one GPU on ready batches (MLPerf RetinaNet, 800 x 800, H100)"
+    )
+    model_params: float = number(38e6, "others", "parameters of that model")
+    batch: int = number(16, "assumed", "images per GPU and step")
+    backward_share: float = number(2 / 3, "assumed", "share of a step in which gradients can travel")
+    step_spread: float = number(0.02, "assumed", "standard deviation of step times among GPUs, share of a step")
+    bucket_bytes: float = number(
+        25 * MIB, "code", "bytes of gradients that travel together; the last ones are waited for"
+    )
+    node_gpus: int = number(8, "assumed", "GPUs of a node")
+    nvlink_gb_s: float = number(300, "assumed", "all-reduce bandwidth of a GPU inside a node, GB/s")
+    fabric_gb_s: float = number(40, "assumed", "all-reduce bandwidth of a GPU between nodes, GB/s")
+    hop_s: float = number(20e-6, "assumed", "latency of a hop of a collective, s")
+
+    jpeg_bytes: float = number(156e3, "measured", "bytes of a file (mean of 123 photographs of COCO)")
+    canvas_bytes: float = number(3 * 800 * 800, "code", "bytes of an image as it travels: uint8, decoded and padded")
+    loader_cpu_s: float = number(0.008, "measured", "CPU seconds to decode, augment and resize an image to 800 x 800")
+    loader_threads: int = number(2, "code", "images that a loader task has under way, on one CPU")
+    node_cpus: int = number(192, "assumed", "CPUs of a node")
+    worker_cpus: float = number(1, "code", "CPUs that a train worker reserves")
+    block_gb_s: float = number(2, "assumed", "GB/s that a node takes in from other nodes' object stores")
+
+    store_latency_s: float = number(0.05, "assumed", "latency of a request to the object store, s")
+    stream_gb_s: float = number(0.08, "assumed", "GB/s of one connection to it")
+    store_node_gb_s: float = number(10, "assumed", "GB/s of a node's connections to it")
+    prefix_requests_per_s: float = number(5500, "others", "GETs/s that Amazon S3 gives to a partition of the keys")
+    request_usd: float = number(4e-7, "others", "price of a GET or HEAD of Amazon S3, USD")
+    pack_bytes: float = number(256 * MIB, "code", "bytes of a shard file (prepare.py --pack_mb)")
+    open_shards: int = number(64, "code", "shard files that a loader process keeps open")
+
+    manifest_bytes: float = number(546, "measured", "bytes of an image's row in memory, with 7.3 boxes")
+    plan_s: float = number(3e-7, "placeholder", "seconds per image to plan an epoch, on every rank")
+    plan_bytes: float = number(20, "placeholder", "bytes per image while it is planned, on every rank")
+    rows_s: float = number(2.6e-6, "measured", "seconds per own image to cut a rank's rows out of the manifest")
+    first_batch_s: float = number(0.3, "placeholder", "seconds from the plan to a later epoch's first batch")
+    node_memory_gb: float = number(2048, "assumed", "memory of a node, GB")
+
+    checkpoint_bytes: float = number(12, "code", "bytes per parameter: weights and two moments, float32")
+    disk_gb_s: float = number(1, "assumed", "GB/s at which rank 0 writes them to its disk")
+    hash_gb_s: float = number(1.8, "measured", "GB/s of SHA-256")
+    upload_gb_s: float = number(0.2, "assumed", "GB/s at which they are copied to the storage")
+    snapshot_gb_s: float = number(10, "assumed", "GB/s at which a copy in memory could be made of them")
+    gpu_hour_usd: float = number(4, "assumed", "price of a GPU for an hour, USD")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How images are stored and who loads them."""
+
+    name: str
+    packed: bool  # in shard files; else a file each
+    prefixes: int = 1  # partitions of the keys
+    sizes_known: bool = False  # files are opened without asking for their size
+    threads: int | None = None  # images that a loader has under way; None: as the code has it
+    spread: bool = True  # loader tasks run anywhere; else on the node that trains on what they load
+    own_rows: bool = False  # a rank holds, and a task gets, its own rows; else all, and all of its rank's
+    waits: bool = True  # training waits until a checkpoint is kept; else until it is copied in memory
+
+
+FILES = Layout("small files", packed=False)
+PACKED = Layout("packed", packed=True)
+SPREAD_KEYS = Layout("packed in 64 prefixes", packed=True, prefixes=64)
+CHANGED = Layout(
+    "changed", packed=True, prefixes=64, sizes_known=True, threads=16, spread=False, own_rows=True, waits=False
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One epoch of `images` on `gpus`. Rates are images/s of the whole cluster, times are seconds."""
+
+    limits: dict[str, float]  # in steady state, by what sets them
+    steps_s: float  # at the lowest limit
+    turnover_s: dict[str, float]  # between epochs, by what takes it
+    images: float
+
+    @property
+    def epoch_s(self) -> float:
+        return self.steps_s + sum(self.turnover_s.values())
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / self.epoch_s
+
+    @property
+    def bottleneck(self) -> str:
+        """What costs most beside the GPUs' own work, if that is noticeable."""
+        name = min(self.limits, key=self.limits.__getitem__)
+        lost = {name: self.steps_s * (1 - self.limits[name] / self.limits["GPUs"]), **self.turnover_s}
+        worst = max(lost, key=lost.__getitem__)
+        return worst if lost[worst] >= NOTICEABLE * self.epoch_s else "GPUs"
+
+
+def estimate(costs: Costs, layout: Layout, gpus: int, images: float) -> Estimate:
+    """An epoch on whole nodes, or on a part of one."""
+    limits = steady_limits(costs, layout, gpus, images)
+    batch = gpus * costs.batch
+    steps = math.ceil(images / batch)  # the last global batch is filled up
+    turnover = {
+        "plan": costs.plan_s * (images / gpus if layout.own_rows else images),
+        "rows": costs.rows_s * images / gpus,
+        "first batch": costs.first_batch_s,
+        "checkpoint": checkpoint_s(costs, costs.model_params, waits=layout.waits),
+    }
+    return Estimate(limits, steps * batch / min(limits.values()), turnover, images)
+
+
+def steady_limits(costs: Costs, layout: Layout, gpus: int, images: float) -> dict[str, float]:
+    """images/s that each part of the cluster could do alone."""
+    nodes = nodes_of(costs, gpus)
+    cpus = gpus * (costs.node_cpus / costs.node_gpus - costs.worker_cpus)
+    requests = requests_per_image(costs, layout, images)
+    threads = layout.threads or costs.loader_threads
+    image_s = requests * costs.store_latency_s + costs.jpeg_bytes / (costs.stream_gb_s * GB) + costs.loader_cpu_s
+    moved = bytes_between_nodes(costs, layout, gpus)
+    return {
+        "GPUs": gpus * costs.batch / step_s(costs, gpus),
+        "decoding": cpus / costs.loader_cpu_s,
+        "store's latency": cpus * threads / image_s,
+        "store's requests": layout.prefixes * costs.prefix_requests_per_s / requests,
+        "store's bandwidth": nodes * costs.store_node_gb_s * GB / costs.jpeg_bytes,
+        "blocks between nodes": nodes * costs.block_gb_s * GB / moved if moved else math.inf,
+    }
+
+
+def nodes_of(costs: Costs, gpus: int) -> int:
+    return math.ceil(gpus / costs.node_gpus)
+
+
+def step_s(costs: Costs, gpus: int) -> float:
+    """A step: the slowest GPU's (of W normal ones, sqrt(2 ln W) deviations late), and the all-reduce that it shows."""
+    compute = costs.batch / costs.gpu_images_per_s
+    slowest = compute * (1 + costs.step_spread * math.sqrt(2 * math.log(gpus)))
+    whole, last = (all_reduce_s(costs, gpus, size) for size in (4 * costs.model_params, costs.bucket_bytes))
+    exposed = max(last, whole - costs.backward_share * compute)
+    return slowest + exposed + all_reduce_s(costs, gpus, 0)  # the last: the step's losses
+
+
+def all_reduce_s(costs: Costs, gpus: int, size: float) -> float:
+    """A ring over the slowest link, with the latency of a tree."""
+    if gpus == 1:
+        return 0.0
+    bandwidth = (costs.nvlink_gb_s if gpus <= costs.node_gpus else costs.fabric_gb_s) * GB
+    return 2 * (gpus - 1) / gpus * size / bandwidth + 2 * math.ceil(math.log2(gpus)) * costs.hop_s
+
+
+def requests_per_image(costs: Costs, layout: Layout, images: float) -> float:
+    """A GET, and a HEAD for every opening: of each small file, of each shard that is not open any more."""
+    if layout.sizes_known:
+        return 1.0
+    if not layout.packed:
+        return 2.0
+    shards = math.ceil(images * costs.jpeg_bytes / costs.pack_bytes)
+    return 2 - min(1, costs.open_shards / shards)
+
+
+def bytes_between_nodes(costs: Costs, layout: Layout, gpus: int) -> float:
+    """Bytes per image that leave a node: its pixels unless loaded where they are used, and its row, to every node."""
+    nodes = nodes_of(costs, gpus)
+    if not layout.spread:
+        return 0.0
+    rows = costs.manifest_bytes * (1 if layout.own_rows else nodes - 1)
+    return (nodes - 1) / nodes * costs.canvas_bytes + rows * (nodes > 1)
+
+
+def node_memory(costs: Costs, layout: Layout, gpus: int, images: float) -> dict[str, float]:
+    """Bytes that grow with the data set, on a fully used node: in processes, and in the object store."""
+    ranks = min(gpus, costs.node_gpus)
+    held = images / gpus if layout.own_rows else images  # by each rank, beside its own cut-out rows
+    visiting = images if layout.spread and not layout.own_rows else images * ranks / gpus
+    return {
+        "manifests": ranks * held * costs.manifest_bytes,
+        "plans": ranks * held * costs.plan_bytes,
+        "own rows": ranks * images / gpus * costs.manifest_bytes,
+        "object store": visiting * costs.manifest_bytes,
+    }
+
+
+def fits(costs: Costs, memory: dict[str, float]) -> bool:
+    """Whether a node holds it, in its memory and in Ray's share of it."""
+    whole = costs.node_memory_gb * GB
+    return sum(memory.values()) <= whole and memory["object store"] <= OBJECT_STORE_SHARE * whole
+
+
+def checkpoint_s(costs: Costs, params: float, *, waits: bool) -> float:
+    """How long training stands still for one."""
+    size = params * costs.checkpoint_bytes / GB
+    if not waits:
+        return size / costs.snapshot_gb_s
+    return size / costs.disk_gb_s + size / costs.hash_gb_s + size / costs.upload_gb_s
