@@ -1,0 +1,44 @@
+"""`jobs/bench.py step` on its smallest case: every figure compares what it says it does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ray_det.bench import step
+from ray_det.train import loop
+from tests.models.zoo import FAMILIES
+
+
+@pytest.fixture
+def threads():
+    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.usefixtures("threads")
+def test_every_figure(monkeypatch):
+    ours, bare = [], []
+    monkeypatch.setattr(loop, "train_step", _counting(loop.train_step, ours))
+    monkeypatch.setattr(step, "bare_step", _counting(step.bare_step, bare))
+    small = {"model": FAMILIES["fcos"], "image_size": 96, "batch_size": 2, "steps": 2, "repeats": 1, "threads": 1}
+    config = step.Config.model_validate(small | {"wandb": "disabled"})
+    figures = {}
+    for figure in step.run(config):
+        figures[figure.figure] = figure
+        if figure.figure == "step, with all of the loop":
+            assert len(ours) == 3 * config.steps and len(bare) == 2 * config.steps  # once more to load the batches
+    assert [f.arm for f in figures.values()] == ["ray_det", "foreach and fused", "bf16, channels last", "2 workers"]
+    assert all(f.value > 0 and f.peer_value and f.ratio for f in figures.values())
+    tail = figures["clip, AdamW and EMA"].settings
+    assert tail["tensors"] > 100 and tail["parameters"] > 10**5
+
+
+def _counting(function, calls: list):
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return counted
