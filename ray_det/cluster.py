@@ -23,6 +23,10 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, without the warning
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 seconds that a spot node may have
 }
+LOCALLY = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
+    "RAY_task_events_report_interval_ms": "0",  # no dashboard shows them, and Ray's server remembers 100,000 tasks
+}
 ELASTIC_START_S = 10.0
 """A range of workers is placed at once or not at all: Ray may still count a node that is gone, and must look again."""
 
@@ -42,7 +46,8 @@ def start_ray(workers: WorkersConfig) -> None:
             "(see --workers.num and --workers.cpus)"
         )
     # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+    for name, value in LOCALLY.items():
+        os.environ.setdefault(name, value)
     fitting = min(workers.most, int(cores // workers.cpus))
     ray.init(
         "local",  # a cluster that happens to run here is another's
