@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ray_det import cli
-from ray_det.config import CLASSES, RENAME, SOURCES, ClassName, DatasetConfig, Section, WorkersConfig
+from ray_det.config import CLASSES, RENAME, SCORER, SOURCES, ClassName, DatasetConfig, Scorer, Section, WorkersConfig
 from ray_det.data.classes import Selection
 from ray_det.data.prepare import is_manifest, prepare, same_categories
 
@@ -36,6 +36,7 @@ class EvalJobConfig(Section):
     on_bad_image: Literal["fail", "skip"] | None = Field(
         default=None, description="what an image that cannot be decoded does; default: as in training"
     )
+    scorer: Scorer | None = Field(default=None, description=f"{SCORER}; default: as in training")
     workers: WorkersConfig = WorkersConfig()
 
 
@@ -50,7 +51,7 @@ def selection(given: EvalDataConfig, trained: DatasetConfig) -> Selection:
 def main() -> None:
     config, _ = cli.parse(EvalJobConfig, sys.argv[1:], description=__doc__ or "")
     from ray_det.evaluate.coco_eval import coco_metrics
-    from ray_det.predict.launch import DETECTIONS, InferJob, infer_on_workers
+    from ray_det.predict.launch import InferJob, infer_on_workers, read_results
     from ray_det.predict.predictor import open_checkpoint
     from ray_det.report.progress import results_table
     from ray_det.storage import Folder
@@ -67,7 +68,8 @@ def main() -> None:
     job = InferJob(Folder.at(config.checkpoint).uri, manifest, output, config.batch_size, 0.0, config.on_bad_image)
     for why in infer_on_workers(job, config.workers):
         print(f"skipped, its boxes count as missed: {why}")
-    metrics = coco_metrics(manifest.ground_truth(), output.read_json(DETECTIONS), manifest.classes)
+    scorer = config.scorer or checkpoint.config.eval.scorer
+    metrics = coco_metrics(manifest, read_results(output, manifest), scorer)
     summary = {f"val/{name}": value for name, value in metrics.items()}
     output.write_text("summary.json", json.dumps(summary, indent=1))
     print(results_table(summary))

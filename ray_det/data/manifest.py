@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ray_det.data import files, paths
@@ -116,35 +115,9 @@ class Manifest:
         trainable = self.table.filter(self.table["trainable"])
         return {
             "images": len(self),
-            "boxes": len(_flat(self.table, "box_ok")),
+            "boxes": len(flat(self.table, "box_ok")),
             "trainable_images": trainable.num_rows,
-            "trainable_boxes": _flat(trainable, "box_ok").true_count,
-        }
-
-    def ground_truth(self) -> dict[str, Any]:
-        """The data set as COCO's own tools want it: they give the same numbers on this and on the JSON.
-
-        Defects, crowds and images that cannot be read are part of it. Gone are annotations of unknown images or
-        categories, which those tools ignore too.
-        """
-        lengths = pc.call_function("list_value_length", [self.table["annotation_ids"].combine_chunks()]).to_numpy()
-        category_ids = np.array(self.classes.category_ids)[_flat(self.table, "labels").to_numpy()]
-        columns = {
-            "id": _flat(self.table, "annotation_ids").to_pylist(),
-            "image_id": np.repeat(self.table["image_id"].to_numpy(), lengths).tolist(),
-            "category_id": category_ids.tolist(),
-            "bbox": _flat(self.table, "boxes").to_pylist(),
-            "area": _flat(self.table, "area").to_pylist(),
-            "iscrowd": _flat(self.table, "iscrowd").to_pylist(),
-        }
-        annotations = [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
-        # In the order of the JSON: where an annotation id stands twice, pycocotools takes the last.
-        order = np.argsort(_flat(self.table, "positions").to_numpy(), kind="stable")
-        images = self.table.select(["image_id", "uri", "height", "width"])
-        return {
-            "images": images.rename_columns(["id", "file_name", "height", "width"]).to_pylist(),
-            "annotations": [annotations[i] for i in order],
-            "categories": self.classes.to_json(),
+            "trainable_boxes": flat(trainable, "box_ok").true_count,
         }
 
 
@@ -255,7 +228,7 @@ def _read_table(content: bytes) -> pa.Table:
     return pa.Table.from_batches(batches, parquet.schema_arrow)
 
 
-def _flat(table: pa.Table, name: str) -> pa.Array:
+def flat(table: pa.Table, name: str) -> pa.Array:
     """The values of a list column, one after the other."""
     return table[name].combine_chunks().flatten()
 

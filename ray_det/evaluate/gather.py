@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from ray_det.types import Detections
+from ray_det.evaluate.results import Results
 
 T = TypeVar("T")
 
@@ -35,11 +35,11 @@ def from_main(value: T, group: dist.ProcessGroup | None = None) -> T:
     return box[0]
 
 
-def require_each_once(detections: list[Detections], image_ids: np.ndarray) -> None:
-    """Raises RuntimeError unless every image id appears exactly once among the detections."""
-    if np.array_equal(np.sort([d.image_id for d in detections]), np.sort(image_ids)):
+def require_each_once(results: Results, image_ids: np.ndarray) -> None:
+    """Raises RuntimeError unless the results are of every image id exactly once."""
+    if np.array_equal(np.sort(results.image_ids_I), np.sort(image_ids)):
         return
-    seen = Counter(d.image_id for d in detections)
+    seen = Counter(results.image_ids_I.tolist())
     missing = [int(i) for i in image_ids if not seen[int(i)]]
     twice = [i for i, n in seen.items() if n > 1]
     raise RuntimeError(

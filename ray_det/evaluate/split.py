@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ray_det.config import DatasetConfig
+from ray_det.config import DatasetConfig, Scorer
 from ray_det.data.collate import LoadSpec, Shard
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import plan_evaluation
-from ray_det.evaluate.coco_eval import coco_metrics, to_coco
+from ray_det.evaluate.coco_eval import coco_metrics
 from ray_det.evaluate.gather import require_each_once
 from ray_det.evaluate.inference import Inferred, infer
+from ray_det.evaluate.results import Results
 from ray_det.models.detector import Detector
-from ray_det.types import Detections, MicroBatch
+from ray_det.types import MicroBatch
 
 Stream = Callable[[Shard], Iterator[MicroBatch]]
 """Loads a shard's micro-batches, in order."""
@@ -57,11 +58,11 @@ def infer_split(
     yield from infer(detector, batches, device, bf16=bf16, with_loss=with_loss)
 
 
-def score(manifest: Manifest, detections: list[Detections]) -> dict[str, float]:
+def score(manifest: Manifest, results: Results, scorer: Scorer) -> dict[str, float]:
     """COCO metrics of a whole split. Images that cannot be read count as images without detections.
 
     Raises:
-        RuntimeError: the detections are not of every readable image exactly once.
+        RuntimeError: the results are not of every readable image exactly once.
     """
-    require_each_once(detections, manifest.table["image_id"].to_numpy()[readable_rows(manifest)])
-    return coco_metrics(manifest.ground_truth(), to_coco(detections, manifest.classes), manifest.classes)
+    require_each_once(results, manifest.table["image_id"].to_numpy()[readable_rows(manifest)])
+    return coco_metrics(manifest, results, scorer)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -21,10 +22,10 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ray_det.cluster import Room, require_room, scaling, start_ray
 from ray_det.config import WorkersConfig
-from ray_det.data.manifest import Manifest
+from ray_det.data.manifest import Manifest, flat
 from ray_det.data.pipeline import stream
-from ray_det.evaluate.coco_eval import to_coco
 from ray_det.evaluate.gather import gather_lists, require_each_once
+from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import infer_split, readable_rows
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
@@ -32,7 +33,7 @@ from ray_det.train.skipped import LIST, Skipped, skipped_in
 from ray_det.train.step import make_deterministic, use_bf16
 from ray_det.types import ClassList, Detections, UserError
 
-DETECTIONS = "detections.json"
+DETECTIONS, COLUMNS = "detections.json", "detections.parquet"
 
 
 @dataclass(frozen=True)
@@ -102,31 +103,46 @@ def _worker(config: dict[str, Any]) -> None:
         detections += inferred.detections
         skipped += skipped_in([inferred.batch])
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None
-    everything, lost = gather_lists(detections, group), gather_lists(skipped, group)
-    if everything is not None and lost is not None:
+    parts, lost = gather_lists([Results.of(detections)], group), gather_lists(skipped, group)
+    if parts is not None and lost is not None:
+        everything = Results.joined(parts)
         require_each_once(everything, job.manifest.table["image_id"].to_numpy()[readable_rows(job.manifest)])
         _write(job, everything, checkpoint.classes)
         job.output.write_text(LIST, "".join(json.dumps({"image_id": i, "reason": why}) + "\n" for i, why in lost))
 
 
-def _write(job: InferJob, detections: list[Detections], classes: ClassList) -> None:
+def read_results(output: Folder, manifest: Manifest) -> Results:
+    """What `infer_on_workers` wrote for this manifest, to the last bit."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output.download(Path(scratch) / COLUMNS, COLUMNS)
+        table = pq.read_table(Path(scratch) / COLUMNS)
+    return Results(
+        manifest.table["image_id"].to_numpy()[readable_rows(manifest)],
+        table["image_id"].to_numpy(),
+        flat(table, "bbox").to_numpy().reshape(-1, 4),
+        table["score"].to_numpy(),
+        np.searchsorted(manifest.classes.category_ids, table["category_id"].to_numpy()).astype(np.int32),
+    )
+
+
+def _write(job: InferJob, results: Results, classes: ClassList) -> None:
     """COCO results and the same as a Parquet table, in the order of the images."""
-    table = job.manifest.table
-    order = {image_id: i for i, image_id in enumerate(table["image_id"].to_pylist())}
-    results = to_coco(sorted(detections, key=lambda d: order[d.image_id]), classes)
-    results = [r for r in results if r["score"] >= job.min_score]
-    job.output.write_text(DETECTIONS, json.dumps(results))
-    names = dict(zip(table["image_id"].to_pylist(), table["uri"].to_pylist(), strict=True))
-    by_id = dict(zip(classes.category_ids, classes.names, strict=True))
+    image_ids = job.manifest.table["image_id"].to_numpy()
+    by_id = np.argsort(image_ids)
+    row_N = by_id[np.searchsorted(image_ids, results.image_of_N, sorter=by_id)]
+    order = np.argsort(row_N, kind="stable")
+    order = order[results.scores_N[order] >= job.min_score]
+    results = results.take(order)
+    job.output.write_text(DETECTIONS, json.dumps(results.to_coco(classes)))
     columns = {
-        "image_id": pa.array([r["image_id"] for r in results], pa.int64()),
-        "file_name": pa.array([names[r["image_id"]] for r in results], pa.string()),
-        "category_id": pa.array([r["category_id"] for r in results], pa.int64()),
-        "class": pa.array([by_id[r["category_id"]] for r in results], pa.string()),
-        "score": pa.array([r["score"] for r in results], pa.float32()),
-        "bbox": pa.array([r["bbox"] for r in results], pa.list_(pa.float32(), 4)),  # xywh, pixels of the stored image
+        "image_id": pa.array(results.image_of_N),
+        "file_name": job.manifest.table["uri"].take(pa.array(row_N[order])),
+        "category_id": pa.array(np.array(classes.category_ids, np.int64)[results.labels_N]),
+        "class": pa.array(classes.names, pa.string()).take(pa.array(results.labels_N)),
+        "score": pa.array(results.scores_N),
+        "bbox": pa.FixedSizeListArray.from_arrays(pa.array(results.boxes_N4.ravel()), 4),  # xywh, stored pixels
     }
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "detections.parquet"
+        path = Path(scratch) / COLUMNS
         pq.write_table(pa.table(columns), path)
         job.output.upload(path, path.name)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 
 from ray_det.data.manifest import Manifest
 from ray_det.evaluate.gather import from_main, gather_lists
 from ray_det.evaluate.inference import Inferred
+from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import infer_split, readable_rows, score
 from ray_det.report.pictures import Picture
 from ray_det.train.session import Session
@@ -47,18 +50,20 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
         skipped += skipped_in([inferred.batch])
     session.at("gathering and scoring of detections")
     note_in_evaluation(session, split, skipped)
-    gathered = [gather_lists(part, runtime.group) for part in (detections, losses, drawn)]
+    parts = gather_lists([(Results.of(detections), losses, drawn)], runtime.group)
     metrics: dict[str, float] | None = None
-    if gathered[0] is not None and gathered[1] is not None and gathered[2] is not None:
+    if parts is not None:
+        results = Results.joined([part[0] for part in parts])
         # summed in the order of the batches: the same at every world size
-        loss = sum(value for _, value in sorted(gathered[1])) / max(len(gathered[0]), 1)
-        metrics = {"loss": loss} | score(manifest, gathered[0])
-        if session.tracker:
-            ordered = sorted(gathered[2], key=lambda picture: picture.image_id)
-            session.tracker.log_pictures(session.state.global_step, ordered, list(manifest.classes.names))
+        loss = sum(value for _, value in sorted(chain.from_iterable(part[1] for part in parts)))
+        metrics = {"loss": loss / max(len(results.image_ids_I), 1)}
+        metrics |= score(manifest, results, config.eval.scorer)
     metrics = from_main(metrics, runtime.group)
     if metrics is None:
         raise RuntimeError("rank 0 has no metrics")
+    if session.tracker and parts is not None:  # nobody waits for the drawing
+        ordered = sorted(chain.from_iterable(part[2] for part in parts), key=lambda picture: picture.image_id)
+        session.tracker.log_pictures(session.state.global_step, ordered, list(manifest.classes.names))
     return metrics
 
 

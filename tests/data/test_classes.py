@@ -15,6 +15,7 @@ from ray_det.data.coco import CocoData, parse
 from ray_det.data.headers import map_in_threads
 from ray_det.data.manifest import Manifest
 from ray_det.data.prepare import make, prepare, same_classes
+from ray_det.data.truth import ground_truth
 from ray_det.train.start import begin
 from ray_det.types import UserError
 
@@ -81,13 +82,13 @@ def test_targets_and_ground_truth_lose_them_and_images_stay(small_coco: dict[str
     merged, _ = make(source, None, selection=chosen)
     assert merged.classes.to_json() == [{"id": 1, "name": "round"}, {"id": 3, "name": "box"}]
     assert merged.counts == whole.counts  # nothing was dropped
-    wanted = [{1: 1, 3: 3, 7: 1}[a["category_id"]] for a in whole.ground_truth()["annotations"]]
-    assert [a["category_id"] for a in merged.ground_truth()["annotations"]] == wanted
+    wanted = [{1: 1, 3: 3, 7: 1}[a["category_id"]] for a in ground_truth(whole)["annotations"]]
+    assert [a["category_id"] for a in ground_truth(merged)["annotations"]] == wanted
 
     boxes, report = make(source, None, selection=Selection(("box",)))
-    truth: Any = [a | {"category_id": 3} for a in whole.ground_truth()["annotations"] if a["category_id"] == 3]
-    assert boxes.ground_truth()["annotations"] == truth and 0 < len(truth) < whole.counts["boxes"]
-    assert boxes.ground_truth()["images"] == whole.ground_truth()["images"]
+    truth: Any = [a | {"category_id": 3} for a in ground_truth(whole)["annotations"] if a["category_id"] == 3]
+    assert ground_truth(boxes)["annotations"] == truth and 0 < len(truth) < whole.counts["boxes"]
+    assert ground_truth(boxes)["images"] == ground_truth(whole)["images"]
     assert report.counts["image_without_boxes"] > 0 and report.counts["unknown_category_id"] == 0
     assert len({whole.hash, merged.hash, boxes.hash}) == 3
 

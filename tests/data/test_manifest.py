@@ -23,6 +23,7 @@ from ray_det.data.headers import Header
 from ray_det.data.manifest import SCHEMA, Manifest, build, content_hash, read_manifest, write_manifest
 from ray_det.data.preflight import inspect
 from ray_det.data.prepare import make
+from ray_det.data.truth import ground_truth
 from ray_det.types import UserError
 
 REAL = os.environ.get("RAY_DET_REAL_DATA")
@@ -106,13 +107,13 @@ def assert_same_numbers(document: dict[str, Any], other: dict[str, Any]) -> None
 
 def test_pycocotools_sees_no_difference() -> None:
     document = messy()
-    assert_same_numbers(document, manifest_of(document).ground_truth())
+    assert_same_numbers(document, ground_truth(manifest_of(document)))
 
 
 def test_pycocotools_sees_no_difference_after_a_file(tmp_path: Path) -> None:
     document = messy()
     write_manifest(manifest_of(document), tmp_path / "m.parquet")
-    assert_same_numbers(document, read_manifest(tmp_path / "m.parquet").ground_truth())
+    assert_same_numbers(document, ground_truth(read_manifest(tmp_path / "m.parquet")))
 
 
 @pytest.mark.skipif(not REAL, reason="RAY_DET_REAL_DATA names no folder")
@@ -120,7 +121,7 @@ def test_pycocotools_sees_no_difference_after_a_file(tmp_path: Path) -> None:
 def test_pycocotools_sees_no_difference_on_photographs(split: str) -> None:
     source = Path(str(REAL)) / f"{split}.json"
     manifest, _ = make(str(source), None)
-    assert_same_numbers(json.loads(source.read_text()), manifest.ground_truth())
+    assert_same_numbers(json.loads(source.read_text()), ground_truth(manifest))
 
 
 def test_rows_hold_what_the_json_says() -> None:
@@ -270,4 +271,4 @@ def test_data_set_without_any_box(tmp_path: Path) -> None:
     write_manifest(manifest, tmp_path / "m.parquet")
     again = read_manifest(tmp_path / "m.parquet")
     assert again.counts == {"images": 1, "boxes": 0, "trainable_images": 1, "trainable_boxes": 0}
-    assert again.ground_truth()["annotations"] == []
+    assert ground_truth(again)["annotations"] == []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
 from ray_det.evaluate.gather import gather_lists
+from ray_det.evaluate.results import Results
 from ray_det.types import Detections
 from tests.ranks import process_group
 
@@ -24,22 +26,26 @@ def detections(image_id: int) -> Detections:
     return Detections(image_id, boxes, np.linspace(1, 0, n, dtype=np.float32), np.arange(n))
 
 
-def as_json(found: list[Detections] | None) -> list | None:
-    if found is None:
+def results(image_ids: Sequence[int]) -> Results:
+    return Results.of([detections(i) for i in image_ids])
+
+
+def as_json(parts: list[Results] | None) -> list | None:
+    if parts is None:
         return None
-    return [[d.image_id, d.boxes_N4.tolist(), d.scores_N.tolist(), d.labels_N.tolist()] for d in found]
+    return [[str(column.dtype), column.tolist()] for column in vars(Results.joined(parts)).values()]
 
 
 def main(folder: Path, rank: int) -> None:
     with process_group(folder / "store", rank, world=2) as group:
         turned = dist.new_group([1, 0], sort_ranks=False)  # rank 1 is its rank 0
         assert isinstance(turned, dist.ProcessGroup)
-        results = {
-            "joined": as_json(gather_lists([detections(i) for i in IDS[rank]], group)),
-            "one_empty": as_json(gather_lists([detections(i) for i in IDS[rank]] if rank else [], group)),
+        gathered = {
+            "joined": as_json(gather_lists([results(IDS[rank])], group)),
+            "one_empty": as_json(gather_lists([results(IDS[rank] if rank else [])], group)),
             "turned": gather_lists([rank], turned),
         }
-    (folder / f"{rank}.json").write_text(json.dumps(results))
+    (folder / f"{rank}.json").write_text(json.dumps(gathered))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,10 +15,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ray_det import boxes as box_ops
+from ray_det.config import Scorer
 from ray_det.data.manifest import Manifest
 from ray_det.data.prepare import prepare
-from ray_det.evaluate.coco_eval import NAMES, coco_metrics, to_coco
+from ray_det.evaluate.coco_eval import NAMES, coco_metrics
+from ray_det.evaluate.results import Results
 from ray_det.types import ClassList, Detections
+
+SCORERS = pytest.mark.parametrize("scorer", get_args(Scorer))
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +92,11 @@ def plain_pycocotools(
         return stats(), {i: stats([i])[0] for i in truth.getCatIds()}
 
 
-def compare(source: Path, manifest: Manifest, folder: Path) -> dict[str, float]:
+def compare(source: Path, manifest: Manifest, folder: Path, scorer: Scorer) -> dict[str, float]:
     """Ours against theirs on noisy detections -> ours."""
-    results = to_coco(noisy(manifest), manifest.classes)
-    ours = coco_metrics(manifest.ground_truth(), results, manifest.classes)
-    twelve, by_category = plain_pycocotools(source, results, folder)
+    results = Results.of(noisy(manifest))
+    ours = coco_metrics(manifest, results, scorer)
+    twelve, by_category = plain_pycocotools(source, results.to_coco(manifest.classes), folder)
     assert [ours[name] for name in NAMES] == twelve
     names = {c["id"]: c["name"] for c in json.loads(source.read_text())["categories"]}
     assert {k: v for k, v in ours.items() if k not in NAMES} == {f"AP/{names[i]}": ap for i, ap in by_category.items()}
@@ -99,31 +104,32 @@ def compare(source: Path, manifest: Manifest, folder: Path) -> dict[str, float]:
     return ours
 
 
-def test_equals_pycocotools_on_the_files(small, tmp_path):
+@SCORERS
+def test_equals_pycocotools_on_the_files(small, tmp_path, scorer):
     source, manifest = small
-    ours = compare(source, manifest, tmp_path)
+    ours = compare(source, manifest, tmp_path, scorer)
     assert len({ours[f"AP/{name}"] for name in manifest.classes.names}) == 3
 
 
-def test_equals_pycocotools_with_crowds_and_gaps_in_ids(real_data, tmp_path):
+@SCORERS
+def test_equals_pycocotools_with_crowds_and_gaps_in_ids(real_data, tmp_path, scorer):
     source = real_data / "coco_cc" / "val.json"
     manifest = manifest_of(source, tmp_path)
     assert any(sum(crowds) for crowds in manifest.table["iscrowd"].to_pylist())
     assert max(manifest.classes.category_ids) > len(manifest.classes)
-    ours = compare(source, manifest, tmp_path)
+    ours = compare(source, manifest, tmp_path, scorer)
     assert sum(value == -1 for name, value in ours.items() if name.startswith("AP/")) == 80 - 48
 
 
-def test_equals_pycocotools_with_a_degenerate_box(real_data, tmp_path):
+@SCORERS
+def test_equals_pycocotools_with_a_degenerate_box(real_data, tmp_path, scorer):
     source = real_data / "bccd" / "val.json"
-    compare(source, manifest_of(source, tmp_path), tmp_path)
+    compare(source, manifest_of(source, tmp_path), tmp_path, scorer)
 
 
 def test_the_truth_itself_is_perfect(small):
     source, manifest = small
-    metrics = coco_metrics(
-        manifest.ground_truth(), to_coco(annotated(source, manifest.classes), manifest.classes), manifest.classes
-    )
+    metrics = coco_metrics(manifest, Results.of(annotated(source, manifest.classes)))
     assert metrics["AP"] == pytest.approx(1.0, abs=1e-9)
     assert [metrics[f"AP/{name}"] for name in manifest.classes.names] == pytest.approx([1.0] * 3, abs=1e-9)
 
@@ -132,8 +138,8 @@ def test_the_truth_itself_is_perfect(small):
 def test_real_truth_itself_is_perfect_but_for_empty_boxes(real_data, tmp_path, name, expected):
     source = real_data / f"{name}.json"
     manifest = manifest_of(source, tmp_path)
-    results = to_coco(annotated(source, manifest.classes), manifest.classes)
-    assert round(coco_metrics(manifest.ground_truth(), results, manifest.classes)["AP"], 4) == expected
+    results = Results.of(annotated(source, manifest.classes))
+    assert round(coco_metrics(manifest, results)["AP"], 4) == expected
 
 
 def test_results_are_in_coco_s_format():
@@ -143,25 +149,27 @@ def test_results_are_in_coco_s_format():
         Detections(12, boxes, np.array([0.75, 0.5], np.float32), np.array([2, 0])),
         Detections(13, boxes[:0], np.empty(0, np.float32), np.empty(0, np.int64)),
     ]
-    assert to_coco(found, classes) == [
+    assert Results.of(found).to_coco(classes) == [
         {"image_id": 12, "category_id": 7, "bbox": [1.0, 2.0, 3.0, 6.0], "score": 0.75},
         {"image_id": 12, "category_id": 1, "bbox": [0.0, 0.0, 5.0, 5.0], "score": 0.5},
     ]
 
 
-def test_no_detections_are_zeros(small):
+@SCORERS
+def test_no_detections_are_zeros(small, scorer):
     _, manifest = small
-    metrics = coco_metrics(manifest.ground_truth(), [], manifest.classes)
+    metrics = coco_metrics(manifest, Results.of([]), scorer)
     sized = {"AP_small", "AR_small", "AP_medium", "AR_medium", "AP_large", "AR_large"}
     assert {name: value for name, value in metrics.items() if name not in sized and value} == {}
     assert len(metrics) == 12 + 3 and {metrics[name] for name in sized} <= {0.0, -1.0}
 
 
-def test_a_class_without_objects_is_minus_one_and_no_part_of_the_mean(small):
+@SCORERS
+def test_a_class_without_objects_is_minus_one_and_no_part_of_the_mean(small, scorer):
     _, manifest = small
-    results = to_coco(noisy(manifest), manifest.classes)
-    before = coco_metrics(manifest.ground_truth(), results, manifest.classes)
-    more = ClassList.from_json([*manifest.classes.to_json(), {"id": 5, "name": "absent"}])
-    metrics = coco_metrics(manifest.ground_truth() | {"categories": more.to_json()}, results, more)
+    results = Results.of(noisy(manifest))
+    before = coco_metrics(manifest, results, scorer)
+    more = ClassList.from_json([*manifest.classes.to_json(), {"id": 100, "name": "absent"}])
+    metrics = coco_metrics(replace(manifest, classes=more), results, scorer)
     assert metrics.pop("AP/absent") == -1.0
     assert metrics == before
