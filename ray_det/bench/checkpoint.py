@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ray_det.bench.measure import Arm, Bench, Figure, compare
 from ray_det.config import ModelConfig, TrainJobConfig
-from ray_det.data.collate import load, shard
+from ray_det.data.collate import Shard, load
 from ray_det.data.headers import map_in_threads
 from ray_det.train.session import Runtime, Session, open_session
 from ray_det.train.start import begin
@@ -114,5 +114,6 @@ def _prepared(config: Config, storage: Path) -> tuple[Session, list[MicroBatch]]
     )
     session = open_session(job, runtime, None)
     plan = session.plan(0)
-    work = shard(job.manifests["train"], plan.assign(0, 1).slice(0, 4), session.load_spec(training=True))
+    assignment = plan.assign(0, 1).slice(0, 4)
+    work = Shard(job.manifests["train"], assignment, session.load_spec(training=True))
     return session, load(work)
