@@ -1,7 +1,8 @@
 """Images/s from files to weights: runs of jobs/train.py against a Hugging Face `Trainer` and torchvision's own loop.
 
 All arms train the same network from the same random distribution on the same photographs, resized to the same longest
-side, with AdamW, a flip and no other augmentation. With `--memory_epochs 50` it weighs the processes of a run instead.
+side, with AdamW, a flip and no other augmentation. With `--memory_epochs 50 --steps 8 --skipped 1 --image_size 160` it
+weighs the processes of a run instead.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Config(Bench):
         default=None, description="processes of the peers' DataLoader; default: the cores, as ray_det may use"
     )
     memory_epochs: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="epochs of one run whose processes are weighed, at least 10; 0: compare rates"
+        default=0,
+        description="epochs of one run (FCOS, with validation) whose processes are weighed, at least 10; 0: rates",
     )
 
 
@@ -71,7 +73,8 @@ def run(config: Config) -> Iterator[Figure]:
             from ray_det.bench.memory import weigh
 
             task = _task(config, "fcos", data, root, classes)
-            yield from weigh(command(task, Path(storage), epochs=config.memory_epochs), task, config.memory_epochs)
+            epochs = {"train.epochs": config.memory_epochs, "data.val": str(data)}
+            yield from weigh(command(task, Path(storage), epochs), task, config.memory_epochs)
             return
         for name in config.models:
             yield _compare(_task(config, name, data, root, classes), config.repeats, Path(storage))
@@ -136,8 +139,8 @@ def rate(task: Task, storage: Path) -> float:
     return 1 / statistics.fmean(1 / r["train/images_per_s"] for r in steps[task.skipped :])
 
 
-def command(task: Task, storage: Path, *, epochs: int = 1) -> list[str]:
-    """The job's command line; what it does not name is the recipe's."""
+def command(task: Task, storage: Path, changes: dict[str, Any] | None = None) -> list[str]:
+    """The job's command line, of one epoch without validation; what it does not name is the recipe's."""
     options: dict[str, Any] = {
         "name": "run",
         "storage": storage,
@@ -157,10 +160,11 @@ def command(task: Task, storage: Path, *, epochs: int = 1) -> list[str]:
         "model.config": json.dumps(task.model.config),
         "optim.lr": task.lr,
         "optim.weight_decay": task.weight_decay,
-        "train.epochs": epochs,
+        "train.epochs": 1,
         "train.global_batch_size": task.batch_size,
         "train.precision": task.precision,
         "workers.threads": task.threads,
         "wandb.mode": "disabled",
+        **(changes or {}),
     }
     return [sys.executable, str(JOB), *(word for key, value in options.items() for word in (f"--{key}", str(value)))]

@@ -105,7 +105,7 @@ def test_flips_mirror_boxes():
 
 
 def test_the_references_batches_are_of_one_group_each():
-    aspects = [0.66, 1.5, 1.33] * 10
+    aspects = [0.66, 2.1, 1.33] * 10
     batches = list(peer_reference.GroupedBatches(aspects, task(batch_size=4, steps=9)))
     assert len(batches) == 9 and all(len(batch) == 4 for batch in batches)
     assert all(len({aspects[i] for i in batch}) == 1 for batch in batches)
