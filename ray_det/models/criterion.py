@@ -198,23 +198,27 @@ def matched_layers(outputs: Outputs, targets: list[dict[str, Tensor]], costs: Ma
     layers = [outputs, *outputs.get("auxiliary_outputs", ())]
     logits, boxes = (torch.stack([layer[name].detach() for layer in layers]) for name in ("logits", "pred_boxes"))
     query_LM, of_LM = match(logits, boxes, targets, costs)
-    denoising, meta = outputs.get("dn_auxiliary_outputs", ()), outputs.get("denoising_meta_values")
-    repeats = meta["dn_num_group"] if denoising else 0
-    counts = [len(t["class_labels"]) for t in targets]
-    image_M = np.repeat(np.arange(len(counts)), np.multiply(counts, repeats))
-    of_M = [first + np.tile(np.arange(n), repeats) for first, n in zip(np.cumsum([0, *counts]), counts, strict=False)]
-    parts = [query_LM.ravel(), of_LM.ravel(), image_M, np.concatenate(of_M)]
-    packed = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(logits.device, non_blocking=True)
-    query, of, image, of_noisy = packed.split([len(part) for part in parts])
+    denoising = list(outputs.get("dn_auxiliary_outputs", ()))
+    meta: dict[str, Any] = outputs["denoising_meta_values"] if denoising else {"dn_num_group": 0}
+    counts, repeats = [len(t["class_labels"]) for t in targets], meta["dn_num_group"]
+    parts = [query_LM.ravel(), of_LM.ravel(), *noisy_boxes(counts, repeats)]
+    packed = torch.from_numpy(np.concatenate(parts)).to(logits.device, non_blocking=True)
+    query, of, noisy_image, noisy_of = packed.split([len(part) for part in parts])
     label_N, box_N4 = torch.cat([t["class_labels"] for t in targets]), torch.cat([t["boxes"] for t in targets])
     query, of, num_boxes = query.view(query_LM.shape), of.view(query_LM.shape), max(sum(counts), 1)
     groups = [Matched(layers, query, label_N[of], box_N4[of], num_boxes)]
     if denoising:
-        query = image * denoising[0]["logits"].shape[1] + torch.cat(meta["dn_positive_idx"])
-        of = of_noisy.expand(len(denoising), -1)
-        query = query.expand(len(denoising), -1)
-        groups.append(Matched(list(denoising), query, label_N[of], box_N4[of], num_boxes * repeats))
+        query = noisy_image * denoising[0]["logits"].shape[1] + torch.cat(meta["dn_positive_idx"])
+        query, of = query.expand(len(denoising), -1), noisy_of.expand(len(denoising), -1)
+        groups.append(Matched(denoising, query, label_N[of], box_N4[of], num_boxes * repeats))
     return groups
+
+
+def noisy_boxes(counts: list[int], repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64: image and box, counted over the batch, of every positive denoising query, image by image."""
+    images = np.repeat(np.arange(len(counts)), np.multiply(counts, repeats))
+    first = np.cumsum([0, *counts])
+    return images, np.concatenate([first[i] + np.tile(np.arange(n), repeats) for i, n in enumerate(counts)])
 
 
 def stacked(layers: list[Outputs], name: str) -> Tensor:
