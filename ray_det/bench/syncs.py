@@ -94,8 +94,12 @@ class _OnDevice(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise RuntimeError("a stand-in outlived its count")
 
-    def new_tensor(self, data: Any, **kwargs: Any) -> Tensor:
+    def new_tensor(self, data: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.tensor(data, **{"dtype": self.dtype, "device": CUDA} | kwargs)
+
+    def __getitem__(self, index: Any) -> Tensor:  # a list becomes a tensor on the device
+        parts = index if isinstance(index, tuple) else (index,)
+        return super().__getitem__(tuple(torch.tensor(p, device=CUDA) if isinstance(p, list) else p for p in parts))
 
     def tolist(self) -> Any:
         return self.cpu().tolist()

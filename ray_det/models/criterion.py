@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ class Matched:
     num_boxes: float  # what the losses are divided by
 
     @cached_property
-    def logits_LRC(self) -> Tensor:
+    def logits(self) -> Tensor:
+        """(L, R, C)."""
         return stacked(self.layers, "logits")
 
     @cached_property
@@ -51,17 +52,18 @@ class Matched:
         return torch.arange(len(self.layers), device=self.query_LM.device)[:, None], self.query_LM
 
     @cached_property
-    def predicted_LM4(self) -> Tensor:
+    def predicted(self) -> Tensor:
+        """Boxes (L, M, 4) of the matched queries."""
         return stacked(self.layers, "pred_boxes")[self.at]
 
     @cached_property
-    def overlap_LM(self) -> tuple[Tensor, Tensor]:
-        """IoU and generalised IoU of the matches."""
-        return overlap(self.predicted_LM4, self.box_LM4)
+    def overlaps(self) -> tuple[Tensor, Tensor]:
+        """IoU and generalised IoU (L, M) of the matches."""
+        return overlap(self.predicted, self.box_LM4)
 
     def at_classes(self, value: Tensor | float) -> Tensor:
         """(L, R, C): the value where a query should answer with its class, else 0."""
-        zeros = torch.zeros_like(self.logits_LRC)
+        zeros = torch.zeros_like(self.logits)
         value = value if isinstance(value, Tensor) else zeros.new_full((), value)
         return zeros.index_put((*self.at, self.label_LM), value)
 
@@ -74,7 +76,8 @@ class StackedCriterion(nn.Module):
     def forward(self, outputs: Outputs, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         groups = matched_layers(outputs, targets, self.costs)
         parts = [self.losses(matched) | box_losses(matched) for matched in groups]
-        return {name: sum(part[name] for part in parts) for name in parts[0]}  # pyright: ignore[reportReturnType]
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: torch.stack([part[name] for part in parts if name in part]).sum() for name in names}
 
     def losses(self, matched: Matched) -> dict[str, Tensor]:
         """All but the box losses."""
@@ -90,10 +93,10 @@ class DetrCriterion(StackedCriterion):
         self.num_classes, self.background = num_classes, eos_coef
 
     def losses(self, matched: Matched) -> dict[str, Tensor]:
-        layers, queries, _ = matched.logits_LRC.shape
+        layers, queries, _ = matched.logits.shape
         class_LR = matched.query_LM.new_full((layers, queries), self.num_classes)
         class_LR = class_LR.index_put(matched.at, matched.label_LM)
-        nll_LR = F.cross_entropy(matched.logits_LRC.flatten(0, 1), class_LR.flatten(), reduction="none")
+        nll_LR = F.cross_entropy(matched.logits.flatten(0, 1), class_LR.flatten(), reduction="none")
         nll_LR = nll_LR.view(layers, queries)
         weighted = self.background * nll_LR.sum() + (1 - self.background) * nll_LR[matched.at].sum()
         matches = matched.query_LM.shape[1]
@@ -110,7 +113,7 @@ class DeformableDetrCriterion(StackedCriterion):
 
     def losses(self, matched: Matched) -> dict[str, Tensor]:
         """Focal loss, https://arxiv.org/abs/1708.02002, gamma 2."""
-        logits, truth = matched.logits_LRC, matched.at_classes(1.0)
+        logits, truth = matched.logits, matched.at_classes(1.0)
         p = logits.sigmoid()
         missed = p * (1 - truth) + (1 - p) * truth
         weight = self.alpha * truth + (1 - self.alpha) * (1 - truth) if self.alpha >= 0 else 1.0
@@ -133,8 +136,8 @@ class RTDetrCriterion(StackedCriterion):
 
     def losses(self, matched: Matched) -> dict[str, Tensor]:
         """Varifocal loss, https://arxiv.org/abs/2008.13367, equation 2."""
-        logits = matched.logits_LRC
-        iou_LM = matched.overlap_LM[0].detach()
+        logits = matched.logits
+        iou_LM = matched.overlaps[0].detach()
         quality = matched.at_classes(iou_LM)
         others = self.config.focal_loss_alpha * logits.detach().sigmoid() ** self.config.focal_loss_gamma
         weight = others * (1 - matched.at_classes(1.0)) + quality
@@ -147,12 +150,11 @@ class DFineCriterion(RTDetrCriterion):
 
     def losses(self, matched: Matched) -> dict[str, Tensor]:
         with_bins = [i for i, layer in enumerate(matched.layers) if "pred_corners" in layer]
-        zero = matched.logits_LRC.new_zeros(())
         if not with_bins:
-            return super().losses(matched) | {"loss_fgl": zero, "loss_ddf": zero}
+            return super().losses(matched)
         layers, chosen = [matched.layers[i] for i in with_bins], slice(with_bins[0], with_bins[-1] + 1)
         at = (matched.at[0][: len(layers)], matched.query_LM[chosen])
-        iou_LM = matched.overlap_LM[0][chosen].detach()
+        iou_LM = matched.overlaps[0][chosen].detach()
         bins_LR4K = stacked(layers, "pred_corners").unflatten(-1, (4, -1))
         anchor_LM4 = stacked(layers, "ref_points")[at]
         fine = fine_grained_loss(bins_LR4K[at], anchor_LM4, matched.box_LM4[chosen], iou_LM, self.config)
@@ -169,28 +171,25 @@ STANDS_IN_FOR: dict[str, type[StackedCriterion]] = {
     "RTDetrLoss": RTDetrCriterion,
     "DFineLoss": DFineCriterion,
 }
-"""Class of the library -> ours. A loss function that uses none of them stays as it is."""
+"""Class of the library -> ours."""
 
 
 def without_syncs(loss_function: Callable[..., Any]) -> Callable[..., Any]:
-    """The library's loss function with these criteria in place of its own, where there is one.
+    """The library's loss function with these criteria in place of those that it names; one that names none as it is.
 
     The function is copied, so that nobody else's is changed.
     """
-    if not isinstance(loss_function, FunctionType) or not loss_function.__name__.endswith("ForObjectDetectionLoss"):
+    code = getattr(loss_function, "__code__", None)
+    if code is None or STANDS_IN_FOR.keys().isdisjoint(code.co_names):
         return loss_function
-    globals_ = loss_function.__globals__ | STANDS_IN_FOR
-    copy = FunctionType(
-        loss_function.__code__, globals_, loss_function.__name__, loss_function.__defaults__, loss_function.__closure__
-    )
-    copy.__kwdefaults__ = loss_function.__kwdefaults__
-    return copy
+    own = cast(FunctionType, loss_function)
+    return FunctionType(code, own.__globals__ | STANDS_IN_FOR, own.__name__, own.__defaults__, own.__closure__)
 
 
 def box_losses(matched: Matched) -> dict[str, Tensor]:
     """L1 distance and generalised IoU of the matches, for a box."""
-    l1 = F.l1_loss(matched.predicted_LM4, matched.box_LM4, reduction="sum")
-    giou = (1 - matched.overlap_LM[1]).sum()
+    l1 = F.l1_loss(matched.predicted, matched.box_LM4, reduction="sum")
+    giou = (1 - matched.overlaps[1]).sum()
     return {"loss_bbox": l1 / matched.num_boxes, "loss_giou": giou / matched.num_boxes}
 
 
@@ -199,23 +198,27 @@ def matched_layers(outputs: Outputs, targets: list[dict[str, Tensor]], costs: Ma
     layers = [outputs, *outputs.get("auxiliary_outputs", ())]
     logits, boxes = (torch.stack([layer[name].detach() for layer in layers]) for name in ("logits", "pred_boxes"))
     query_LM, of_LM = match(logits, boxes, targets, costs)
-    denoising, meta = outputs.get("dn_auxiliary_outputs", ()), outputs.get("denoising_meta_values")
-    repeats = meta["dn_num_group"] if denoising else 0
-    counts = [len(t["class_labels"]) for t in targets]
-    image_M = np.repeat(np.arange(len(counts)), np.multiply(counts, repeats))
-    of_M = [first + np.tile(np.arange(n), repeats) for first, n in zip(np.cumsum([0, *counts]), counts, strict=False)]
-    parts = [query_LM.ravel(), of_LM.ravel(), image_M, np.concatenate(of_M)]
-    packed = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(logits.device, non_blocking=True)
-    query, of, image, of_noisy = packed.split([len(part) for part in parts])
+    denoising = list(outputs.get("dn_auxiliary_outputs", ()))
+    meta: dict[str, Any] = outputs["denoising_meta_values"] if denoising else {"dn_num_group": 0}
+    counts, repeats = [len(t["class_labels"]) for t in targets], meta["dn_num_group"]
+    parts = [query_LM.ravel(), of_LM.ravel(), *noisy_boxes(counts, repeats)]
+    packed = torch.from_numpy(np.concatenate(parts)).to(logits.device, non_blocking=True)
+    query, of, noisy_image, noisy_of = packed.split([len(part) for part in parts])
     label_N, box_N4 = torch.cat([t["class_labels"] for t in targets]), torch.cat([t["boxes"] for t in targets])
     query, of, num_boxes = query.view(query_LM.shape), of.view(query_LM.shape), max(sum(counts), 1)
     groups = [Matched(layers, query, label_N[of], box_N4[of], num_boxes)]
     if denoising:
-        query = image * denoising[0]["logits"].shape[1] + torch.cat(meta["dn_positive_idx"])
-        of = of_noisy.expand(len(denoising), -1)
-        query = query.expand(len(denoising), -1)
-        groups.append(Matched(list(denoising), query, label_N[of], box_N4[of], num_boxes * repeats))
+        query = noisy_image * denoising[0]["logits"].shape[1] + torch.cat(meta["dn_positive_idx"])
+        query, of = query.expand(len(denoising), -1), noisy_of.expand(len(denoising), -1)
+        groups.append(Matched(denoising, query, label_N[of], box_N4[of], num_boxes * repeats))
     return groups
+
+
+def noisy_boxes(counts: list[int], repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64: image and box, counted over the batch, of every positive denoising query, image by image."""
+    images = np.repeat(np.arange(len(counts)), np.multiply(counts, repeats))
+    first = np.cumsum([0, *counts])
+    return images, np.concatenate([first[i] + np.tile(np.arange(n), repeats) for i, n in enumerate(counts)])
 
 
 def stacked(layers: list[Outputs], name: str) -> Tensor:
