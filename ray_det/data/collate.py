@@ -1,4 +1,4 @@
-"""Plan rows to ready micro-batches: a pure function, with the Arrow form in which they travel between processes.
+"""Plan rows to ready micro-batches: a pure function.
 
 Images lie top-left on a canvas filled with the mean of ImageNet (or black); heights and widths of the canvas come from
 the plan. What a micro-batch holds depends on its plan row, the manifest and the seed, never on who loads it.
@@ -6,14 +6,12 @@ the plan. What a micro-batch holds depends on its plan row, the manifest and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_det import boxes as box_ops
@@ -195,51 +193,3 @@ def pad_to_canvas(
     """
     view = augment.whole(size, fit)
     _place(view, image_HW3, padding, canvas_HW3, augment.shrink_of(view) if image_HW3.shape[:2] != size else 1)
-
-
-_ARRAYS = {"sizes": np.int32, "orig_sizes": np.int32, "image_ids": np.int64, "boxes": np.float32, "labels": np.int64}
-
-
-def to_table(batches: list[MicroBatch]) -> pa.Table:
-    """One Arrow row per micro-batch. Pixels that lie in one buffer, as `load` leaves them, are not copied."""
-    head = np.array([(b.epoch, b.step, b.index, *b.pixels_BHW3.shape[:3]) for b in batches], np.int32)
-    names = ("epoch", "step", "index", "images", "height", "width")
-    columns: dict[str, pa.Array] = {name: pa.array(head[:, i]) for i, name in enumerate(names)}
-    offsets = np.cumsum([0, *(b.pixels_BHW3.size for b in batches)], dtype=np.int64)
-    flat = batches[0].pixels_BHW3.base
-    if flat is None or flat.size != offsets[-1]:
-        flat = np.concatenate([b.pixels_BHW3.ravel() for b in batches])
-    columns["pixels"] = pa.LargeBinaryArray.from_buffers(
-        pa.large_binary(), len(batches), [None, pa.py_buffer(offsets), pa.py_buffer(flat.reshape(-1))]
-    )
-    parts = {
-        "counts": [np.array([len(n) for n in b.labels_N], np.int32) for b in batches],
-        "sizes": [b.sizes_B2 for b in batches],
-        "orig_sizes": [b.orig_sizes_B2 for b in batches],
-        "image_ids": [b.image_ids_B for b in batches],
-        "boxes": [np.concatenate(b.boxes_N4) for b in batches],
-        "labels": [np.concatenate(b.labels_N) for b in batches],
-    }
-    columns["skipped"] = pa.array([b.skipped_B for b in batches], pa.list_(pa.string()))
-    return pa.table(columns | {k: pa.array([a.tobytes() for a in v], pa.binary()) for k, v in parts.items()})
-
-
-def from_table(table: pa.Table) -> Iterator[MicroBatch]:
-    """The micro-batches of `to_table`. Pixels are read-only views of the Arrow buffer."""
-    for record, pixels in zip(table.drop_columns(["pixels"]).to_pylist(), table["pixels"], strict=True):
-        b, h, w = record["images"], record["height"], record["width"]
-        counts = np.frombuffer(record["counts"], np.int32)
-        arrays = {k: np.frombuffer(record[k], dtype).copy() for k, dtype in _ARRAYS.items()}
-        cuts = np.cumsum(counts)[:-1]
-        yield MicroBatch(
-            record["epoch"],
-            record["step"],
-            record["index"],
-            np.frombuffer(pixels.as_buffer(), np.uint8).reshape(b, h, w, 3),
-            arrays["sizes"].reshape(b, 2),
-            arrays["orig_sizes"].reshape(b, 2),
-            arrays["image_ids"],
-            np.split(arrays["boxes"].reshape(-1, 4), cuts),
-            np.split(arrays["labels"], cuts),
-            tuple(record["skipped"]),
-        )

@@ -67,9 +67,9 @@ def test_a_killed_train_worker_changes_nothing(small_coco, undisturbed, tmp_path
 def test_a_killed_loader_changes_nothing(small_coco, undisturbed, tmp_path):
     file = write(config(small_coco, tmp_path / "runs"))
     run = tmp_path / "runs" / "run"
-    with when_at(run, STEPS, lambda: kill("ReadRange")) as killed:
+    with when_at(run, STEPS, lambda: kill("load_block")) as killed:
         assert run_job("train", "--config", file) == 0
-    assert killed == ["ReadRange"]
+    assert killed == ["load_block"]
     require_same(run, undisturbed)
 
 

@@ -61,7 +61,7 @@ def freeze(name: str) -> str:
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("who", "report"),
-    [("RayTrainWorker", "worker failure: rank 0: "), ("ReadRange", "stalled, and ended: rank 0 at step ")],
+    [("RayTrainWorker", "worker failure: rank 0: "), ("load_block", "stalled, and ended: rank 0 at step ")],
 )
 def test_a_frozen_process_is_replaced(who, report, small_coco, undisturbed, tmp_path, capfd):
     """A rank that is frozen cannot speak; one that waits for a frozen loader can."""
