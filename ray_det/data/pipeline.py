@@ -1,4 +1,4 @@
-"""Micro-batches through Ray Data: loader tasks anywhere in the cluster, in plan order, one execution per epoch.
+"""Micro-batches through Ray Data: loader tasks anywhere in the cluster, in plan order.
 
 Each rank streams its own assignment inside the train loop, where the world size and the restored step are known:
 nothing has to be split between ranks, and resuming is a shorter assignment.
@@ -7,6 +7,7 @@ nothing has to be split between ranks, and resuming is a shorter assignment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,8 +15,10 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from ray_det.data.collate import Shard, from_table, load, to_table
+from ray_det.data.collate import LOADED, Shard, from_table, load, to_table
 from ray_det.data.headers import Header, HeaderChunk, map_in_threads
+from ray_det.data.manifest import Manifest
+from ray_det.data.plan import Assignment
 from ray_det.types import MicroBatch
 
 T = TypeVar("T")
@@ -25,48 +28,79 @@ BLOCK_BATCHES = 8
 """Micro-batches that one task loads: fewer tasks, and one buffer for all of their pixels."""
 BLOCK_BYTES = 64 << 20
 """Pixels of one block at most: what is in flight stays bounded on small object stores."""
+PREFETCHED_BLOCKS = 1
+"""Fetched to the train worker ahead of use."""
+EXECUTION_BLOCKS = 2048
+"""Blocks of one execution. Ray Data makes a read task for each before the first runs: an epoch may have too many."""
 
 RAY_FROM = 5000
 """Files from which on headers are read by Ray Data tasks: below, starting Ray takes longer than reading them."""
 
 
-def stream(work: Shard, *, loader_cpus: float | None = None, prefetch: int = 4) -> Iterator[MicroBatch]:
-    """Load a shard's micro-batches by Ray Data tasks and yield them in order.
+@ray.remote(num_cpus=1)
+def wake() -> None:
+    """Importing this module is the work."""
+
+
+class Loaders:
+    """The loader tasks of one train worker.
 
     Args:
-        loader_cpus: CPUs that this execution may take; None leaves it to Ray Data.
-        prefetch: micro-batches fetched to this process ahead of use.
-
-    Raises:
-        RuntimeError: a micro-batch came out of turn.
-        UserError: wrapped in Ray's own error, what `collate.load` raised in a task.
+        cpus: that they may use together.
     """
-    if not len(work.assignment):
-        return
-    cuts = _block_cuts(work)
-    reference = ray.put(work)
 
-    def load_block(block: Any) -> Iterator[pa.Table]:
-        shard = ray.get(reference)
-        for i in block["id"]:
-            yield to_table(load(shard, int(cuts[i]), int(cuts[i + 1])))
+    def __init__(self, cpus: float) -> None:
+        self._cpus = cpus
+        self._kept: dict[int, tuple[Manifest, ray.ObjectRef]] = {}
 
-    _configure(ray.data.DataContext.get_current())
-    blocks = len(cuts) - 1
-    dataset = ray.data.range(blocks, override_num_blocks=blocks).map_batches(load_block, batch_size=None, num_cpus=1)
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    if loader_cpus is not None:
-        options.resource_limits = options.resource_limits.copy(cpu=loader_cpus)
-    rows = dataset.iterator().iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch)
-    count = 0
-    for table in rows:
-        for batch in from_table(table):
-            _check_turn(batch, work.assignment.keys[count])
-            count += 1
-            yield batch
-    if count != len(work.assignment):
-        raise RuntimeError(f"the loader gave {count} of {len(work.assignment)} planned micro-batches")
+    def warm_up(self) -> None:
+        """Have loader processes start and import, while this one does something else."""
+        for _ in range(max(1, int(self._cpus))):
+            wake.remote()
+
+    def stream(self, work: Shard) -> Iterator[MicroBatch]:
+        """Load a shard's micro-batches and yield them in order.
+
+        Raises:
+            RuntimeError: a micro-batch came out of turn.
+            UserError: wrapped in Ray's own error, what `collate.load` raised in a task.
+        """
+        blocks, turn = _blocks(work.assignment), 0
+        for first in range(0, len(blocks), EXECUTION_BLOCKS):
+            for batch in self._execute(work, blocks[first : first + EXECUTION_BLOCKS]):
+                _check_turn(batch, work.assignment.keys[turn])
+                turn += 1
+                yield batch
+        if turn != len(work.assignment):
+            raise RuntimeError(f"the loader gave {turn} of {len(work.assignment)} planned micro-batches")
+
+    def _execute(self, work: Shard, blocks: list[Assignment]) -> Iterator[MicroBatch]:
+        manifest, plan, spec = self._put(work.manifest), ray.put(blocks), work.spec
+
+        def load_block(rows: Any) -> Iterator[pa.Table]:
+            images, parts = ray.get([manifest, plan])
+            for i in rows["id"]:
+                yield to_table(load(Shard(images, parts[i], spec)))
+
+        _configure(ray.data.DataContext.get_current())
+        dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks))
+        dataset = dataset.map_batches(load_block, batch_size=None, num_cpus=1)
+        options = dataset.context.execution_options
+        options.preserve_order = True
+        options.resource_limits = options.resource_limits.copy(cpu=max(1.0, self._cpus))
+        tables = dataset.iterator().iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
+        )
+        for table in tables:
+            yield from from_table(table)
+
+    def _put(self, manifest: Manifest) -> ray.ObjectRef:
+        """In the object store, once: what else a task needs is its part of the plan."""
+        known = self._kept.get(id(manifest))
+        if known is None:
+            table = manifest.table.select(LOADED).combine_chunks()
+            known = self._kept[id(manifest)] = manifest, ray.put(replace(manifest, table=table))
+        return known[1]
 
 
 def _configure(context: ray.data.DataContext) -> None:
@@ -81,16 +115,16 @@ def _check_turn(batch: MicroBatch, key: np.ndarray) -> None:
         raise RuntimeError(f"micro-batch (epoch, step, index) {got} came where the plan has {tuple(map(int, key))}")
 
 
-def _block_cuts(work: Shard) -> np.ndarray:
-    """Where blocks start among the micro-batches: small at first, so that the first step does not wait."""
-    part = work.assignment
-    largest = int((np.diff(part.offsets) * part.canvas.prod(axis=1, dtype=np.int64) * 3).max())
-    full = max(1, min(BLOCK_BATCHES, BLOCK_BYTES // largest))
-    cuts, size = [0], 1
-    while cuts[-1] < len(part):
-        cuts.append(min(cuts[-1] + size, len(part)))
-        size = min(2 * size, full)
-    return np.array(cuts)
+def _blocks(assignment: Assignment) -> list[Assignment]:
+    """Its parts, each of a task: small at first, so that the first step does not wait."""
+    areas = np.diff(assignment.offsets) * assignment.canvas.prod(axis=1, dtype=np.int64) * 3
+    blocks, start, most = [], 0, 1
+    while start < len(assignment):
+        room = int(np.searchsorted(np.cumsum(areas[start : start + most]), BLOCK_BYTES, side="right"))
+        stop = min(start + max(1, room), len(assignment))
+        blocks.append(assignment.slice(start, stop))
+        start, most = stop, min(2 * most, BLOCK_BATCHES)
+    return blocks
 
 
 def map_chunks(

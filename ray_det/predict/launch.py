@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from ray_det.cluster import Room, require_room, scaling, start_ray
 from ray_det.config import WorkersConfig
 from ray_det.data.manifest import Manifest, flat
-from ray_det.data.pipeline import stream
+from ray_det.data.pipeline import Loaders
 from ray_det.evaluate.gather import gather_lists, require_each_once
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import infer_split, readable_rows
@@ -93,7 +92,7 @@ def _worker(config: dict[str, Any]) -> None:
         checkpoint.build(device),
         job.manifest,
         data,
-        partial(stream, loader_cpus=room.loader_cpus),
+        Loaders(room.loader_cpus).stream,
         device,
         batch_size=job.batch_size or run.eval.batch_size or cast(int, run.train.micro_batch_size),
         rank=rank,

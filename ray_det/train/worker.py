@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from ray_det.data.manifest import Manifest, read_manifest
-from ray_det.data.pipeline import stream
+from ray_det.data.pipeline import Loaders
 from ray_det.retry import reason
 from ray_det.storage import Folder, StorageError
 from ray_det.train import loop, store
@@ -71,6 +71,8 @@ def _train(payload: Payload) -> None:
     watch = Watch(rank, payload.config.workers.stall_timeout_s, line.tell)
     # The next start on this node finds it, and does not leave another one.
     temporary = Path(tempfile.gettempdir(), f"ray_det_{payload.run_id}_{rank}")
+    loaders = Loaders(payload.room.loader_cpus)
+    loaders.warm_up()
     with watch.watching(), _warnings(line, rank):
         _require_shared(run, payload.run_id)
         folder = run.local or temporary
@@ -84,7 +86,7 @@ def _train(payload: Payload) -> None:
             device=ray.train.torch.get_device(),
             group=group,
             threads=payload.room.threads,
-            stream=partial(stream, loader_cpus=payload.room.loader_cpus),
+            stream=loaders.stream,
             newest=partial(_newest, run, rank, group),
             commit=partial(_commit, run=run, folder=folder),
             notify=line.post,

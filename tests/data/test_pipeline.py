@@ -22,10 +22,10 @@ pytestmark = pytest.mark.ray
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_stream_is_load_in_order(manifest):  # noqa: F811
-    from ray_det.data.pipeline import stream
+    from ray_det.data.pipeline import Loaders
 
     work = collate.Shard(manifest, plan_of(manifest).assign(1, 2), TRAIN)
-    streamed = list(stream(work))
+    streamed = list(Loaders(2).stream(work))
     for one, other in zip(streamed, collate.load(work), strict=True):
         same(one, other)
     assert [b.step for b in streamed] == list(range(len(streamed)))
@@ -35,12 +35,12 @@ def test_stream_is_load_in_order(manifest):  # noqa: F811
 def test_a_broken_image_names_itself(manifest, small_coco):  # noqa: F811
     from dataclasses import replace
 
-    from ray_det.data.pipeline import stream
+    from ray_det.data.pipeline import Loaders
 
     names = manifest.table["uri"].to_pylist()
     broken = replace(manifest, table=manifest.table.set_column(1, "uri", [[f"gone/{n}" for n in names]]))
     with pytest.raises(UserError, match="gone/"):
-        list(stream(collate.Shard(broken, plan_of(manifest).assign(0, 1), TRAIN)))
+        list(Loaders(2).stream(collate.Shard(broken, plan_of(manifest).assign(0, 1), TRAIN)))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -55,14 +55,14 @@ import logging, sys
 from pathlib import Path
 import ray
 from ray_det.cluster import prepare_environment
-from ray_det.data.pipeline import stream
+from ray_det.data.pipeline import Loaders
 from tests.data.test_pipeline import large_batches
 from ray_det.data.collate import load
 prepare_environment()
 quiet = dict(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 ray.init("local", num_cpus=3, object_store_memory=80 << 20, **quiet)
 work = large_batches(Path(sys.argv[1]))
-for i, batch in enumerate(stream(work, loader_cpus=2)):
+for i, batch in enumerate(Loaders(2).stream(work)):
     (expected,) = load(work, i, i + 1)
     assert (batch.pixels_BHW3 == expected.pixels_BHW3).all(), i
 print(i + 1, batch.pixels_BHW3.nbytes >> 20)
