@@ -78,7 +78,7 @@ class Loaders:
         manifest, plan, spec = self._put(work.manifest), ray.put(blocks), work.spec
 
         def load_block(rows: Any) -> Iterator[pa.Table]:
-            images, parts = ray.get([manifest, plan])
+            images, parts = ray.get(manifest), ray.get(plan)
             for i in rows["id"]:
                 yield to_table(load(Shard(images, parts[i], spec)))
 
@@ -88,8 +88,9 @@ class Loaders:
         options = dataset.context.execution_options
         options.preserve_order = True
         options.resource_limits = options.resource_limits.copy(cpu=max(1.0, self._cpus))
+        whole_blocks: Any = None
         tables = dataset.iterator().iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
+            batch_size=whole_blocks, batch_format="pyarrow", prefetch_batches=PREFETCHED_BLOCKS
         )
         for table in tables:
             yield from from_table(table)
