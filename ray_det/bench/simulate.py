@@ -93,7 +93,7 @@ def limits(costs: Costs, images: int = 10**7) -> str:
         for name, columns in by_layout.items():
             seen.setdefault(tuple(short(column[limit]) for column in columns), []).append(name)
         rows += [
-            (limit, "all" if len(names) == len(LAYOUTS) else ", ".join(names), *cells) for cells, names in seen.items()
+            (limit, "all" if len(names) == len(LAYOUTS) else "; ".join(names), *cells) for cells, names in seen.items()
         ]
     return markdown(("images/s, at most", "layout", *(f"{n} GPUs" for n in GPUS)), rows)
 
