@@ -41,10 +41,20 @@ def infer(
             batch = to_device(micro, device)
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 losses, found = detector.loss_and_predict(batch) if with_loss else (None, detector.predict(batch))
-            detections = [to_image(prediction, micro, i) for i, prediction in enumerate(found)]
+            detections = [to_image(prediction, micro, i) for i, prediction in enumerate(_to_host(found))]
             yield Inferred(micro, detections, None if losses is None else float(losses["loss"]))
     finally:
         detector.train(was_training)
+
+
+def _to_host(found: list[Prediction]) -> list[Prediction]:
+    """Three transfers for a batch; three for every image would each wait for the device."""
+    counts = [len(prediction["scores"]) for prediction in found]
+    boxes, scores, labels = (
+        torch.cat([prediction[key] for prediction in found]).cpu().split(counts)
+        for key in ("boxes", "scores", "labels")
+    )
+    return [Prediction(boxes=b, scores=s, labels=n) for b, s, n in zip(boxes, scores, labels, strict=True)]
 
 
 def to_image(prediction: Prediction, micro: MicroBatch, i: int) -> Detections:

@@ -70,13 +70,13 @@ def assert_same(document: Document, manifest: Manifest, detections: list[Detecti
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_each_kind_of_data(kind: str | None) -> None:
     found = []
-    for seed in range(10):
+    for seed in range(8):
         document, detections = drawn(seed, [kind] if kind else [])
         found.append(assert_same(document, as_manifest(document), detections)["AP50"])
     assert max(found) > 0.1 or kind in ("no_detections", "nothing_annotated"), "nothing to compare"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.lists(st.sampled_from(sorted(KINDS)), min_size=2, max_size=6, unique=True))
 def test_kinds_together(seed: int, kinds: list[str]) -> None:
     document, detections = drawn(seed, kinds)
@@ -87,8 +87,7 @@ def test_kinds_together(seed: int, kinds: list[str]) -> None:
 def test_photographs(real_data: Path, tmp_path: Path, split: str) -> None:
     source = real_data / f"{split}.json"
     manifest, _ = prepare(str(source), None, tmp_path)
-    for seed in range(3):
-        assert_same(json.loads(source.read_text()), manifest, noisy(manifest, seed))
+    assert_same(json.loads(source.read_text()), manifest, noisy(manifest, seed=1))
 
 
 @pytest.mark.parametrize(("kind", "some"), [("crowds", 0), ("id_zero", 1), ("detections_that_are_no_numbers", 1)])
