@@ -87,6 +87,9 @@ class TrainConfig(Section):
     checkpoint_every_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="steps between checkpoints within an epoch; 0: at the end of epochs only"
     )
+    async_checkpoints: bool = Field(
+        default=True, description="go on training while a copy of weights and optimizer is written"
+    )
     max_nonfinite_steps: PositiveInt = Field(
         default=5, description="steps in a row with a non-finite loss or gradient before the run fails"
     )

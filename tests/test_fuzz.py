@@ -31,7 +31,7 @@ from ray_det.data.prepare import make
 from ray_det.models.weights import read_weights
 from ray_det.report.metrics_file import MetricsFile, read_records
 from ray_det.report.wandb_log import read_history
-from ray_det.train.checkpoint import Checkpoint, TrainState, save_checkpoint
+from ray_det.train.checkpoint import Checkpoint, Snapshot, TrainState
 from ray_det.train.job import RunFacts
 from ray_det.types import ImageLimits, UserError
 from tests.data.test_decode import BOMBS, CASES, LOSSY
@@ -159,7 +159,7 @@ def checkpoint_target(name: str) -> Callable[[Path], Target]:
         torch.stack([p.sum() for p in detector.parameters()]).sum().backward()
         optimizer.step()
         config = {"model": FAMILIES["fcos"].model_dump()}
-        save_checkpoint(folder, detector, optimizer, TrainState(), RunFacts(config, CLASSES, {"train": "0"}, "id"))
+        Snapshot.of(detector, optimizer, TrainState(), RunFacts(config, CLASSES, {"train": "0"}, "id")).write(folder)
         opened, seed = Checkpoint.open(folder), (folder / name).read_bytes()
         if name == "state.json":
             (folder / "model.safetensors").unlink()

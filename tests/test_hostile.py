@@ -18,7 +18,7 @@ from ray_det import cli
 from ray_det.config import TrainJobConfig
 from ray_det.data.manifest import FORMAT, SCHEMA, read_manifest
 from ray_det.models.build import build_detector
-from ray_det.train.checkpoint import Checkpoint, TrainState, _sha256, save_checkpoint
+from ray_det.train.checkpoint import Checkpoint, Snapshot, TrainState, _sha256
 from ray_det.train.job import RunFacts
 from ray_det.types import UserError
 from tests.models.zoo import CLASSES, FAMILIES, build
@@ -61,7 +61,7 @@ def test_in_a_checkpoint(payload, tmp_path, name, how):
     detector = build("fcos")
     optimizer = torch.optim.AdamW(detector.parameters())
     facts = RunFacts({"model": FAMILIES["fcos"].model_dump()}, CLASSES, {}, "id")
-    save_checkpoint(tmp_path / "c", detector, optimizer, TrainState(), facts)
+    Snapshot.of(detector, optimizer, TrainState(), facts).write(tmp_path / "c")
     plant(tmp_path / "c" / name, payload, how)
     content = json.loads((tmp_path / "c" / "state.json").read_text())
     content["sha256"][name] = _sha256(tmp_path / "c" / name)

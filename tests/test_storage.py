@@ -51,6 +51,24 @@ def test_replacing_leaves_nothing_of_the_one_before(folder, tmp_path):
     assert (folder / "best").names() == ["new"]
 
 
+def test_a_folder_that_is_cut_off_on_its_way_lacks_its_last_file(s3, tmp_path, monkeypatch):
+    folder, staged, upload = Folder.at(f"s3://bucket/{tmp_path.name}"), tmp_path / "staging", Folder.upload
+    staged.mkdir()
+    for name in ("a_last", "b", "c"):
+        (staged / name).write_text(name)
+    uploads = iter("12")
+
+    def cut_off(self: Folder, source: Path, name: str = "") -> None:
+        if next(uploads, None) is None:
+            raise StorageError("cut off")
+        upload(self, source, name)
+
+    monkeypatch.setattr(Folder, "upload", cut_off)
+    with pytest.raises(StorageError):
+        folder.replace(staged, "checkpoint", last="a_last")
+    assert (folder / "checkpoint").names() == ["b", "c"]
+
+
 @pytest.mark.parametrize("outage", [pytest.param("stopped", marks=pytest.mark.slow), "frozen"])
 def test_an_outage_is_waited_for(outage, s3: S3Server, tmp_path):
     folder = Folder.at(f"s3://bucket/{tmp_path.name}")

@@ -14,13 +14,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
+from torch import Tensor
 
 from ray_det.config import TrainJobConfig
 from ray_det.models.build import build_detector
@@ -58,44 +60,106 @@ class TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)
 
 
-def save_checkpoint(
-    folder: Path,
-    detector: Detector,
-    optimizer: torch.optim.Optimizer | None,
-    state: TrainState,
-    facts: RunFacts,
-    average: Detector | None = None,
-) -> None:
-    """Write a checkpoint in place of the folder; without an optimizer it can be evaluated but not trained on.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold. Without an optimizer it can be evaluated but not trained on."""
 
-    Raises:
-        OSError: the disk is full, or broken.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        save_model(detector, str(folder / MODEL))
-        if average is not None:
-            save_model(average, str(folder / AVERAGE))
-        if optimizer is not None:
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    except (SafetensorError, RuntimeError) as error:  # as which both libraries report a full disk
-        copies = 1 + 2 * (optimizer is not None) + (average is not None)
-        size = sum(t.nbytes for t in detector.state_dict().values()) * copies
-        if (free := shutil.disk_usage(folder).free) > size:
-            raise
-        raise OSError(f"no space left: a checkpoint takes {size >> 20} MiB, {free >> 20} MiB are free") from error
-    content = {
-        "format": FORMAT,
-        "state": asdict(state),
-        "config": facts.config,
-        "classes": facts.classes.to_json(),
-        "architecture": detector.architecture,
-        "data_hashes": facts.data_hashes,
-        "run_id": facts.run_id,
-        "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
-    }
-    (folder / "state.json").write_text(json.dumps(content, indent=1))
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None  # of the weights
+    optimizer: dict[str, Any] | None
+    architecture: dict[str, Any]
+    state: TrainState
+    facts: RunFacts
+
+    @classmethod
+    def of(
+        cls,
+        detector: Detector,
+        optimizer: torch.optim.Optimizer | None,
+        state: TrainState,
+        facts: RunFacts,
+        average: Detector | None = None,
+        *,
+        memory: HostMemory | None = None,
+    ) -> Snapshot:
+        """Of now. With `memory` its tensors are copied there, and training may go on while it is written."""
+        weights = _each_once(detector.state_dict())
+        averages = _each_once(average.state_dict()) if average is not None else None
+        moments = optimizer.state_dict() if optimizer is not None else None
+        if memory is not None:
+            weights = memory.copy("weights", weights)
+            averages = memory.copy("average", averages) if averages is not None else None
+        if memory is not None and moments is not None:
+            per_parameter = {i: memory.copy(f"optimizer {i}", tensors) for i, tensors in moments["state"].items()}
+            moments = {"state": per_parameter, "param_groups": deepcopy(moments["param_groups"])}
+        if memory is not None:
+            memory.wait()
+        return cls(weights, averages, moments, detector.architecture, state, facts)
+
+    def write(self, folder: Path) -> None:
+        """Write it in place of the folder.
+
+        Raises:
+            OSError: the disk is full, or broken.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            save_file(self.weights, folder / MODEL)
+            if self.average is not None:
+                save_file(self.average, folder / AVERAGE)
+            if self.optimizer is not None:
+                torch.save(self.optimizer, folder / "optimizer.pt")
+        except (SafetensorError, RuntimeError) as error:  # as which both libraries report a full disk
+            copies = 1 + 2 * (self.optimizer is not None) + (self.average is not None)
+            size = sum(t.nbytes for t in self.weights.values()) * copies
+            if (free := shutil.disk_usage(folder).free) > size:
+                raise
+            raise OSError(f"no space left: a checkpoint takes {size >> 20} MiB, {free >> 20} MiB are free") from error
+        content = {
+            "format": FORMAT,
+            "state": asdict(self.state),
+            "config": self.facts.config,
+            "classes": self.facts.classes.to_json(),
+            "architecture": self.architecture,
+            "data_hashes": self.facts.data_hashes,
+            "run_id": self.facts.run_id,
+            "sha256": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / LAST_FILE).write_text(json.dumps(content, indent=1))
+
+
+def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the further names of a tensor, which safetensors refuses; `load_model` knows them from the module."""
+    found: dict[tuple[Any, ...], str] = {}
+    for name, tensor in weights.items():
+        found.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,), name)
+    return {name: weights[name].contiguous() for name in found.values()}
+
+
+class HostMemory:
+    """Host memory that one snapshot after the other is copied to: to fill fresh memory takes several times as long."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[str, str], Tensor] = {}
+
+    def copy(self, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of a group's tensors, by the same names; those of the group's last call are overwritten.
+
+        They come from a GPU without waiting: see `wait`.
+        """
+        copies = {}
+        for name, tensor in tensors.items():
+            known = self._copies.get((group, name))
+            if known is None or known.shape != tensor.shape or known.dtype != tensor.dtype:
+                known = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = self._copies[group, name] = known.copy_(tensor, non_blocking=True)
+        return copies
+
+    def wait(self) -> None:
+        """Until all copies are whole."""
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
 
 
 def _sha256(path: Path) -> str:

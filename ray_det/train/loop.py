@@ -53,6 +53,7 @@ def run(job: Job, runtime: Runtime) -> None:
         try:
             return _run(session)
         except RollBack:
+            session.settle()
             rollbacks = session.state.rollbacks + 1
             # What diverges from a checkpoint without reaching the next had diverged when that one was made.
             before = checkpoint.state.global_step if checkpoint and not session.saves else None
@@ -66,13 +67,14 @@ def _run(session: Session) -> None:
                 _train_epoch(session)
             _end_epoch(session)
         if session.state.phase != "test":
-            session.save(phase="test")
+            session.save(phase="test", wait=True)  # all ranks read the best
         finish(session)
         exit_code = 0
     except (Stopped, Preempted):
         exit_code = 0  # wandb calls anything else a failure
         raise
     finally:
+        session.writer.close()
         if session.tracker:
             session.tracker.finish(exit_code)
 
@@ -114,6 +116,7 @@ def train_steps(session: Session, plan: EpochPlan) -> None:
                 log_step(session, plan, result, rate, seconds=now - mark, wait=wait)
             mark = now
             stepped()
+            session.writer.check()
             if result.asked.stop:
                 _leave(session, "stopped", Stopped(), last=step + 1 == plan.steps)
             if result.asked.look and runtime.preempted():
@@ -157,7 +160,7 @@ def _profiled(session: Session, steps: int) -> AbstractContextManager[Callable[[
 
 def _leave(session: Session, what: str, outcome: Exception, *, last: bool) -> NoReturn:
     """Keep a checkpoint of now and end; `last`: of the epoch's steps."""
-    session.save(phase="validate" if last else "train")
+    session.save(phase="validate" if last else "train", wait=True)
     if session.runtime.is_main:
         session.runtime.notify({"message": f"{what} after step {session.state.global_step}, with a checkpoint"})
     raise outcome

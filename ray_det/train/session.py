@@ -27,13 +27,14 @@ from ray_det.models.parts import freeze
 from ray_det.report.tracker import Tracker
 from ray_det.retry import patiently, reason
 from ray_det.storage import StorageError
-from ray_det.train.checkpoint import LAST_FILE, Checkpoint, TrainState, save_checkpoint
+from ray_det.train.checkpoint import LAST_FILE, Checkpoint, HostMemory, Snapshot, TrainState
 from ray_det.train.ema import Ema
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer, learning_rate
 from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
 from ray_det.train.store import name_of
 from ray_det.train.tensors import NormStatistics
+from ray_det.train.writer import Writer
 from ray_det.types import MicroBatch
 
 BEST = "best"
@@ -52,8 +53,7 @@ class Runtime:
     stream: Callable[[Shard], Iterator[MicroBatch]]  # loads a shard's micro-batches, in order
     newest: Callable[[int | None], AbstractContextManager[Checkpoint | None]]
     """The newest checkpoint of the run, or the newest of before a global step: later ones are given up."""
-    commit: Callable[[Path | None, str], None]
-    """Keep rank 0's staged checkpoint (None elsewhere) under a name; all ranks call it, none returns before all did."""
+    commit: Callable[[Path, str], None]  # keeps rank 0's staged checkpoint under a name
     notify: Callable[[dict[str, Any]], None]  # progress, for whoever watches
     asked: Callable[[], Asked]  # what this rank wants of all of them
     preempted: Callable[[], bool]  # whether a rank's node is about to be taken away; all ranks call it
@@ -90,6 +90,8 @@ class Session:
     state: TrainState
     tracker: Tracker | None  # rank 0's
     clock: Clock = field(default_factory=Clock)
+    writer: Writer = field(default_factory=Writer)  # rank 0's has work
+    memory: HostMemory = field(default_factory=HostMemory)  # for what is being written
     saves: int = 0  # checkpoints that it kept
     profile: dict[str, float] | None = None  # milliseconds per step by phase, until logged; None: not yet profiled
 
@@ -143,33 +145,55 @@ class Session:
             patience_s=config.workers.storage_timeout_s,
         )
 
-    def save(self, **changes: Any) -> None:
-        """Change the state and keep a checkpoint of it; all ranks call it."""
+    def save(self, *, wait: bool = False, **changes: Any) -> None:
+        """Change the state and keep a checkpoint of it; all ranks call it.
+
+        Args:
+            wait: until it is kept. Otherwise training goes on while it is written.
+        """
         lines = self.tracker.lines if self.tracker else 0
         self.state = replace(self.state, **changes, log_lines=lines)
         name = name_of(self.state.global_step, self.state.phase)
-        self.at("checkpoint")
-        folder = self.runtime.folder / "staging" / name if self.runtime.is_main else None
-        if folder:
-            self._stage(folder, self.detector, self.optimizer, self.ema)
-        self.runtime.commit(folder, name)
+        self._keep(name, lambda staged: self.runtime.commit(staged, name), trains=True)
         self.saves += 1
+        if wait:
+            self.settle()
 
     def save_best(self) -> None:
         """Put what was evaluated in the run folder's `best`; rank 0 does it, all ranks call it."""
-        if self.runtime.is_main:
-            staged = self.runtime.folder / "staging" / BEST
-            self._stage(staged, self.evaluated, None, None)
-            self.job.run.replace(staged, BEST, last=LAST_FILE)
+        self._keep(BEST, lambda staged: self.job.run.replace(staged, BEST, last=LAST_FILE), trains=False)
 
-    def _stage(
-        self, folder: Path, detector: Detector, optimizer: torch.optim.Optimizer | None, ema: Ema | None
-    ) -> None:
-        def save() -> None:
-            save_checkpoint(folder, detector, optimizer, self.state, self.job.facts, ema and ema.detector)
+    def settle(self) -> None:
+        """Until all checkpoints are kept; all ranks call it, and none returns before."""
+        self.at("checkpoint")
+        self.writer.wait()
+        if self.runtime.group:
+            dist.barrier(self.runtime.group)
 
+    def _keep(self, name: str, commit: Callable[[Path], None], *, trains: bool) -> None:
+        """Stage a checkpoint of now and commit it, on rank 0. `trains`: it can be trained on."""
+        if not self.runtime.is_main:
+            return
+        self.at("checkpoint")
+        self.writer.wait()
+        in_background = self.config.train.async_checkpoints
+        memory = self.memory if in_background else None
+        detector, average = (self.detector, self.ema and self.ema.detector) if trains else (self.evaluated, None)
+        optimizer = self.optimizer if trains else None
+        snapshot = Snapshot.of(detector, optimizer, self.state, self.job.facts, average, memory=memory)
+        staged = self.runtime.folder / "staging" / name
+
+        def write() -> None:
+            self._stage(snapshot, staged)
+            commit(staged)
+
+        self.writer.submit(write)
+        if not in_background:
+            self.writer.wait()
+
+    def _stage(self, snapshot: Snapshot, folder: Path) -> None:
         try:
-            patiently(save, patience_s=self.job.run.patience_s)
+            patiently(lambda: snapshot.write(folder), patience_s=self.job.run.patience_s)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise StorageError(f"cannot write {folder}: {reason(error)}") from error

@@ -27,7 +27,13 @@ SPLITS = ("train", "val", "test")
 PLACES = tuple(f"data.{name}:" for name in (*SPLITS, "images"))
 """Where the data is: what it holds is compared by its hash."""
 MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps", *PLACES)
-MAY_CHANGE += ("data.max_", "data.on_bad_image", "train.max_rollbacks", "train.profile_steps")
+MAY_CHANGE += (
+    "data.max_",
+    "data.on_bad_image",
+    "train.max_rollbacks",
+    "train.async_checkpoints",
+    "train.profile_steps",
+)
 """What a run may be continued with differently: nothing here touches what is learned, from images that are whole."""
 
 

@@ -86,7 +86,7 @@ def _train(payload: Payload) -> None:
             threads=payload.room.threads,
             stream=partial(stream, loader_cpus=payload.room.loader_cpus),
             newest=partial(_newest, run, rank, group),
-            commit=partial(_commit, run=run, folder=folder, group=group),
+            commit=partial(_commit, run=run, folder=folder),
             notify=line.post,
             asked=line.asked,
             preempted=lambda: ray.train.get_preemption_info() is not None,
@@ -153,16 +153,13 @@ def _host_group(world: int) -> dist.ProcessGroup | None:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None
 
 
-def _commit(staged: Path | None, name: str, *, run: Folder, folder: Path, group: dist.ProcessGroup | None) -> None:
+def _commit(staged: Path, name: str, *, run: Folder, folder: Path) -> None:
     """Keep the checkpoint in the run folder; the log goes first, a checkpoint knows how much of it is its own."""
-    if staged:
-        if not run.local:
-            for name_of_log in LOGS:
-                if (folder / name_of_log).exists():
-                    run.upload(folder / name_of_log, name_of_log)
-        store.keep(run, staged, name)
-    if group:
-        dist.barrier(group)
+    if not run.local:
+        for name_of_log in LOGS:
+            if (folder / name_of_log).exists():
+                run.upload(folder / name_of_log, name_of_log)
+    store.keep(run, staged, name)
 
 
 def _require_shared(run: Folder, run_id: str) -> None:

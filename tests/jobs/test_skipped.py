@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ray_det.models.build import build_detector
-from ray_det.train.checkpoint import TrainState, save_checkpoint
+from ray_det.train.checkpoint import Snapshot, TrainState
 from ray_det.train.job import RunFacts
 from ray_det.types import ClassList
 from tests.jobs.run import run_job
@@ -26,7 +26,7 @@ def test_eval_goes_on_without_it(small_coco, tmp_path, capfd):
     torch.manual_seed(0)
     detector = spread_scores(build_detector(FAMILIES["fcos"], CLASSES)[0])
     config = {"model": FAMILIES["fcos"].model_dump(), "data": {"image_size": 96}}
-    save_checkpoint(tmp_path / "model", detector, None, TrainState(), RunFacts(config, CLASSES, {}, "id"))
+    Snapshot.of(detector, None, TrainState(), RunFacts(config, CLASSES, {}, "id")).write(tmp_path / "model")
     shutil.copytree(small_coco["val"].parent, tmp_path / "coco")
     names = {i["id"]: i["file_name"] for i in json.loads(small_coco["val"].read_text())["images"]}
     break_picture(tmp_path / "coco" / "images" / names[3])

@@ -16,6 +16,12 @@ from tests.ranks import ROOT
 WORKER_CPUS = 2
 """CPUs of a worker, and of a node for one: it holds no second worker, and no loader beside the one it has."""
 
+SHORT_HISTORY = {
+    "RAY_task_events_max_num_task_in_gcs": "1000",
+    "RAY_maximum_gcs_destroyed_actor_cached_count": "100",
+}
+"""What Ray's server remembers of the past. By default it is so much that it looks like a leak for hours."""
+
 
 class Nodes:
     """Head without CPUs, where drivers run; a node for loaders; nodes for one train worker each."""
@@ -67,6 +73,7 @@ def nodes(workers: int, store_bytes: int = 80 << 20) -> Iterator[Nodes]:
     """A cluster beside that of the fixture `ray_cluster`, which has made Ray's token: a process knows one only."""
     before = dict(os.environ)
     os.environ["RAY_memory_monitor_refresh_ms"] = "0"
+    os.environ |= SHORT_HISTORY
     made = Nodes(workers, store_bytes)
     try:
         yield made

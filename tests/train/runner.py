@@ -99,12 +99,9 @@ def _tell(folder: Path, update: dict[str, Any]) -> None:
             file.write(update["message"] + "\n")
 
 
-def _keep(folder: Path, staged: Path | None, name: str) -> None:
-    if staged:
-        shutil.rmtree(folder / "kept" / name, ignore_errors=True)
-        shutil.copytree(staged, folder / "kept" / name, copy_function=os.link)
-    if dist.is_initialized():
-        dist.barrier()
+def _keep(folder: Path, staged: Path, name: str) -> None:
+    shutil.rmtree(folder / "kept" / name, ignore_errors=True)
+    shutil.copytree(staged, folder / "kept" / name, copy_function=os.link)
 
 
 @contextmanager

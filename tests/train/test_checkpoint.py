@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_det.train.checkpoint import Checkpoint, TrainState, save_checkpoint
+from ray_det.train.checkpoint import Checkpoint, Snapshot, TrainState
 from ray_det.train.job import RunFacts
 from ray_det.types import UserError
 from tests.models.zoo import CLASSES, FAMILIES, build
@@ -18,7 +18,7 @@ CONFIG = {"model": FAMILIES["fcos"].model_dump()}
 def save(folder: Path, step: int) -> None:
     detector = build("fcos")
     optimizer = torch.optim.AdamW(detector.parameters())
-    save_checkpoint(folder, detector, optimizer, TrainState(global_step=step), RunFacts(CONFIG, CLASSES, {}, "id"))
+    Snapshot.of(detector, optimizer, TrainState(global_step=step), RunFacts(CONFIG, CLASSES, {}, "id")).write(folder)
 
 
 def test_one_is_written_over_another(tmp_path):

@@ -23,7 +23,10 @@ HANG = """
 import time
 from ray_det.train import watch
 watch.NOTICE_S = 0.5
-seen = watch.Watch(3, timeout_s=1.5, tell=lambda text: print(text, flush=True))
+def tell(text):
+    print(text, flush=True)
+    {after}
+seen = watch.Watch(3, timeout_s=1.5, tell=tell)
 with seen.watching():
     seen.at("data", 7)
     for _ in range(10):  # slow, and alive
@@ -33,10 +36,11 @@ with seen.watching():
 """
 
 
-def test_a_rank_that_hangs_says_where_and_ends():
-    """Slow at first, which is no reason to end."""
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANG], cwd=ROOT, capture_output=True, text=True, timeout=50)
+@pytest.mark.parametrize("after", ["pass", "raise ConnectionError('nobody listens')"])
+def test_a_rank_that_hangs_says_where_and_ends(after):
+    """Slow at first, which is no reason to end. That nobody hears it is no reason to hang."""
+    began, program = time.monotonic(), HANG.format(after=after)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == STALLED and 3 < time.monotonic() - began < 50
     slow, stalled = done.stdout.splitlines()
     assert slow.startswith("slow: rank 3 at step 7 is in 'data' for ")

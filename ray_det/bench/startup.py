@@ -1,0 +1,77 @@
+"""Seconds from the command to the first optimizer step, beside a bare script that steps once with the same model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import Field
+
+from ray_det.bench.measure import Arm, Bench, Figure, compare
+
+JOB = Path(__file__).parents[2] / "jobs" / "train.py"
+BARE = """
+import torch
+from ray_det.config import ModelConfig
+from ray_det.models.build import build_detector
+from ray_det.models.detector import Batch
+from ray_det.types import ClassList
+
+detector, _ = build_detector(ModelConfig(name={model!r}, weights="none"), ClassList(("a", "b", "c"), (1, 2, 3)))
+detector.train()
+optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
+size = (192, 192)
+target = {{"boxes": torch.tensor([[10.0, 10, 90, 90]]), "labels": torch.tensor([1])}}
+images, mask = torch.zeros(4, 3, *size, dtype=torch.uint8), torch.ones(4, *size, dtype=torch.bool)
+batch = Batch(images, mask, [size] * 4, [target] * 4)
+detector.loss(batch)["loss"].backward()
+optimizer.step()
+"""
+
+
+class Config(Bench):
+    model: str = Field(default="torchvision/fcos_mobilenet_v3_small_fpn", description="model.name")
+    timeout_s: float = Field(default=120, description="seconds after which a start counts as failed")
+
+
+def run(config: Config) -> Iterator[Figure]:
+    with TemporaryDirectory() as storage:
+        number = count()  # the first draws the embedded data set; it is the warm-up
+        ours = Arm("jobs/train.py", lambda: first_step_s(config, Path(storage), f"run{next(number)}"))
+        bare = Arm("bare script", lambda: bare_s(config), {"what": "imports, model, one step; no data, one process"})
+        yield compare("time to the first step", "s", ours, bare, repeats=config.repeats, target="<= 15")
+
+
+def first_step_s(config: Config, storage: Path, name: str) -> float:
+    """Until metrics.jsonl has its first line; the run is stopped then."""
+    command = [sys.executable, JOB, "--recipe", "quickstart", "--model.name", config.model, "--wandb.mode", "disabled"]
+    began = time.monotonic()
+    job = subprocess.Popen([*command, "--storage", storage, "--name", name], stdout=subprocess.DEVNULL, env=_env())
+    log = storage / name / "metrics.jsonl"
+    try:
+        while not (log.exists() and log.stat().st_size):
+            if job.poll() is not None or time.monotonic() - began > config.timeout_s:
+                raise RuntimeError(f"the job made no step within {config.timeout_s:g} s, status {job.poll()}")
+            time.sleep(0.02)
+        return time.monotonic() - began
+    finally:
+        job.send_signal(signal.SIGTERM)
+        job.wait()
+
+
+def bare_s(config: Config) -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", BARE.format(model=config.model)], check=True, env=_env())
+    return time.monotonic() - began
+
+
+def _env() -> dict[str, str]:
+    """Without the variable that would keep Python from using bytecode."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
