@@ -61,10 +61,22 @@ def same_checkpoint(one: Path, other: Path) -> None:
         assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
 
 
-@pytest.mark.parametrize(("family", "optim"), [("fcos", AVERAGED), ("d_fine", {"backbone_lr_factor": 0.1})])
-def test_resumed_anywhere_is_never_stopped(family, optim, small_coco, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "optim", "frozen"),
+    [("fcos", AVERAGED, ["backbone.body.conv1"]), ("d_fine", {"backbone_lr_factor": 0.1}, [])],
+)
+def test_resumed_anywhere_is_never_stopped(family, optim, frozen, small_coco, tmp_path):
     """Bit-equal weights, optimizer, metrics and best checkpoint: from mid-epoch, before validation, before the test."""
-    whole = run_alone(with_optim(spec(small_coco, tmp_path / "whole", family, epochs=2), optim))
+
+    def asked(storage: Path) -> dict[str, Any]:
+        one = with_optim(spec(small_coco, storage, family, epochs=2), optim)
+        one["config"]["model"]["freeze"] = frozen
+        return one
+
+    whole = run_alone(asked(tmp_path / "whole"))
+    steps = [r for r in records(whole) if "train/batch_loss" in r]
+    rates = [r.get("train/backbone_learning_rate", 0.0) / r["train/learning_rate"] for r in steps]
+    assert rates == pytest.approx([optim.get("backbone_lr_factor", 0.0)] * len(steps))
     names = sorted(p.name for p in (whole / "kept").iterdir())
     assert [n.split("_")[2] for n in names] == ["train", "train", "validate", "train", "train", "test", "validate"]
     for name in (names[0], names[2], names[4], names[6], names[5]):
@@ -74,8 +86,7 @@ def test_resumed_anywhere_is_never_stopped(family, optim, small_coco, tmp_path):
             shutil.copy(whole / left, resumed / left)
         if json.loads((whole / "kept" / name / "state.json").read_text())["state"]["best_step"]:
             shutil.copytree(whole / "best", resumed / "best")
-        asked = with_optim(spec(small_coco, tmp_path / name, family, epochs=2), optim)
-        again = run_alone(asked | {"checkpoint": str(whole / "kept" / name)})
+        again = run_alone(asked(tmp_path / name) | {"checkpoint": str(whole / "kept" / name)})
         assert records(again) == records(whole), name
         same_checkpoint(whole / "best", again / "best")
         last = f"checkpoint_{2 * STEPS:08d}_test"

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ray_det.config import OptimConfig
 from ray_det.train.optim import build_optimizer, learning_rate
@@ -110,7 +111,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(small_coco, tmp
 def test_a_run_that_diverges_goes_back_to_a_sound_checkpoint_with_a_lower_rate(small_coco, tmp_path):
     """From step 3 on the rate is absurd: step 4 ruins the weights and is kept, in step 5 it shows, twice."""
     asked = spec(small_coco, tmp_path, "fcos", epochs=2)
-    asked["config"]["optim"] |= {"clip_norm": 0, "warmup_steps": 0}
+    asked["config"]["optim"] |= {"clip_norm": 0, "warmup_steps": 0, "ema_decay": 0.5}
     first = run_alone(asked | {"config": asked["config"] | {"name": "first"}})
     sound = first / "kept" / "checkpoint_00000003_validate"
     asked["config"]["optim"] |= {"lr": 1e25, "lr_min": 1e20}
@@ -123,5 +124,8 @@ def test_a_run_that_diverges_goes_back_to_a_sound_checkpoint_with_a_lower_rate(s
     assert all(r["train/learning_rate"] < 1e-2 and math.isfinite(r["train/batch_loss"]) for r in log)
     skipped = (run / "nonfinite.jsonl").read_text().splitlines()
     assert [json.loads(line)["global_step"] for line in skipped] == [5, 5]
-    final = torch.load(run / "kept" / "checkpoint_00000006_test" / "optimizer.pt", weights_only=True)["state"]
+    last = run / "kept" / "checkpoint_00000006_test"
+    average = load_file(last / "ema.safetensors")
+    assert all(value.double().abs().max() < 1e6 for value in average.values())
+    final = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     assert all(state["exp_avg"].abs().max() < 1e6 for state in final.values())
