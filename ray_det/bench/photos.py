@@ -38,7 +38,8 @@ def draw(folder: Path, sizes_N2: np.ndarray, boxes_each: int = 7) -> Path:
     for i, (height, width) in enumerate(sizes_N2.tolist()):
         rng = np.random.default_rng(i)
         name = f"{i:06d}.jpg"
-        (folder / "images" / name).write_bytes(simplejpeg.encode_jpeg(_photo(rng, height, width), quality=QUALITY))
+        photo = simplejpeg.encode_jpeg(_photo(rng, height, width), quality=QUALITY, colorsubsampling="420")
+        (folder / "images" / name).write_bytes(photo)
         images.append({"id": i + 1, "file_name": name, "height": height, "width": width})
         for _ in range(boxes_each):
             w, h = (float(rng.uniform(0.1, 0.5)) * side for side in (width, height))

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from ray_det.config import AugmentConfig, DatasetConfig
-from ray_det.data.collate import MEAN_PIXEL, LoadSpec, Shard, load
-from ray_det.data.decode import decode
+from ray_det.data.augment import shrink_of, whole
+from ray_det.data.collate import MEAN_PIXEL, LoadSpec, Shard, load, pad_to_canvas
+from ray_det.data.decode import decode, decode_for
 from ray_det.data.plan import plan_epoch, plan_evaluation
 from ray_det.data.prepare import prepare
 from ray_det.types import UserError
@@ -221,3 +222,18 @@ def test_scaled_decoding_does_not_hide_another_size(photos):
     wrong = replace(photos, table=photos.table.set_column(index, photos.table.schema.field("width"), [widths]))
     with pytest.raises(UserError, match=r"is \(333, 1281\) \(h, w\), the manifest says \(333, 1282\)"):
         load(Shard(wrong, plan_of(photos).assign(0, 1), replace(EVAL, scaled_decode=True)))
+
+
+def test_prediction_from_a_file_sees_what_evaluation_sees(photos):
+    table = photos.table
+    sizes = table["height"].to_numpy(), table["width"].to_numpy()
+    plan = plan_evaluation(*sizes, np.arange(4), CONFIG, batch_size=1, divisor=32, rank=0, world=1)
+    for batch in load(Shard(photos, plan, replace(EVAL, scaled_decode=True))):
+        row = table["image_id"].to_pylist().index(int(batch.image_ids_B[0]))
+        fit = (int(batch.sizes_B2[0, 0]), int(batch.sizes_B2[0, 1]))
+        data = photos.place(row).read()
+        pixels, size = decode_for(data, "x", lambda size, fit=fit: shrink_of(whole(size, fit)))
+        assert size == tuple(batch.orig_sizes_B2[0]) and pixels.shape[0] < size[0]
+        canvas = np.empty_like(batch.pixels_BHW3[0])
+        pad_to_canvas(pixels, size, fit, "mean", canvas)
+        assert np.array_equal(canvas, batch.pixels_BHW3[0])
