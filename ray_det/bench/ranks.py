@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 import tempfile
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ray_det.bench.measure import Arm, Figure, compare
@@ -27,23 +27,22 @@ WORLD = 2
 def weak_scaling(repeats: int, model: ModelConfig, classes: ClassList, batches: list[MicroBatch]) -> Figure:
     """Images/s per worker of two workers, each with batches of the size that the single one has."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        lines: dict[int, list[Connection]] = {1: [], WORLD: []}
         context = multiprocessing.get_context("spawn")
-        lines: list[Connection] = []
-        for rank in range(WORLD):
+        for world, rank in ((1, 0), *((WORLD, rank) for rank in range(WORLD))):
             line, other = context.Pipe()
-            process = context.Process(
-                target=_rank, args=(rank, Path(scratch) / "store", other, model, classes, batches), daemon=True
-            )
+            about = rank, world, Path(scratch) / "store", other, model, classes, batches
+            process = context.Process(target=_rank, args=about, daemon=True)
             process.start()
             other.close()
             stack.callback(process.join)
-            lines.append(line)
             stack.callback(line.close)
+            lines[world].append(line)
 
-        def rate(ranks: int) -> float:
-            for line in lines[:ranks]:
-                line.send(ranks)
-            return len(batches) * len(batches[0].image_ids_B) / max(line.recv() for line in lines[:ranks])
+        def rate(world: int) -> float:
+            for line in lines[world]:
+                line.send("go")
+            return len(batches) * len(batches[0].image_ids_B) / max(line.recv() for line in lines[world])
 
         settings = {"model": model.name, "batch_size": len(batches[0].image_ids_B), "threads per worker": 1}
         return compare(
@@ -57,31 +56,30 @@ def weak_scaling(repeats: int, model: ModelConfig, classes: ClassList, batches: 
 
 
 def _rank(
-    rank: int, store: Path, line: Connection, model: ModelConfig, classes: ClassList, batches: list[MicroBatch]
+    rank: int,
+    world: int,
+    store: Path,
+    line: Connection,
+    model: ModelConfig,
+    classes: ClassList,
+    batches: list[MicroBatch],
 ) -> None:
-    """One worker: for every number of ranks that comes, seconds of all batches with so many."""
+    """One worker: whenever it is told to go, seconds of all batches."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     torch.manual_seed(0)
-    detector = build_detector(model, classes)[0].train()
-    twin = copy.deepcopy(detector)
-    models = {1: detector, WORLD: DistributedDataParallel(twin, gradient_as_bucket_view=True)}
-    optimizers = {1: build_optimizer(OptimConfig(), detector), WORLD: build_optimizer(OptimConfig(), twin)}
+    detector: nn.Module = build_detector(model, classes)[0].train()
+    optimizer = build_optimizer(OptimConfig(), detector)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        detector = DistributedDataParallel(detector, gradient_as_bucket_view=True)
     while True:
         try:
-            ranks = line.recv()
+            line.recv()
         except EOFError:
             break
-        begin = time.perf_counter()
+        begin, device = time.perf_counter(), torch.device("cpu")
         for step, micro in enumerate(batches):
-            train_step(
-                models[ranks],
-                optimizers[ranks],
-                [micro],
-                device=torch.device("cpu"),
-                clip_norm=1.0,
-                seed=rank,
-                global_step=step,
-            )
+            train_step(detector, optimizer, [micro], device=device, clip_norm=1.0, seed=rank, global_step=step)
         line.send(time.perf_counter() - begin)
-    dist.destroy_process_group()
+    if world > 1:
+        dist.destroy_process_group()

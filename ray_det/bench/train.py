@@ -91,7 +91,7 @@ def require(package: str) -> None:
 def _data(config: Config) -> tuple[Path, str, int]:
     """(the COCO JSON that all arms read, the root of its file names, number of classes)"""
     cache, images = Path(config.cache).resolve(), config.steps * config.batch_size
-    source = config.data or str(photos.draw(cache / f"photos_{images}", images))
+    source = config.data or str(photos.draw(cache / f"photos_{images}", photos.coco_sizes(images)))
     manifest, _ = prepare(source, config.images, cache / "manifests")
     if "://" in manifest.root:
         raise UserError(f"--data {source}: the peers read local files only, these are at {manifest.root}")

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
-    return photos.draw(tmp_path_factory.mktemp("photos") / "drawn", 12)
+    return photos.draw(tmp_path_factory.mktemp("photos") / "drawn", photos.coco_sizes(12))
 
 
 def task(drawn: Path | None = None, **changes) -> Task:
@@ -46,7 +46,7 @@ def test_photographs_are_as_costly_as_cocos_and_drawn_once(drawn, tmp_path):
     pixels = sum(h * w for h, w in zip(*(manifest.table[k].to_pylist() for k in ("height", "width")), strict=True))
     assert 4 < 8 * sum(manifest.table["length"].to_pylist()) / pixels < 5.5
     before = {file: file.stat().st_mtime_ns for file in drawn.parent.iterdir()}
-    assert photos.draw(drawn.parent, 12) == drawn
+    assert photos.draw(drawn.parent, photos.coco_sizes(12)) == drawn
     assert {file: file.stat().st_mtime_ns for file in drawn.parent.iterdir()} == before
 
 

@@ -97,3 +97,37 @@ def test_draws_depend_on_the_generator_alone():
 def test_scale_range_must_be_ordered():
     with pytest.raises(ValueError, match=r"1\.2 > 0\.8"):
         AugmentConfig(scale=(1.2, 0.8))
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.0, 1.37])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("coloured", [False, True])
+def test_passes_in_place_are_passes_one_by_one(scale, flip, coloured):
+    """The same to the bit as resize, colour and flip into memory of their own, on a window of a canvas."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (61, 83, 3), np.uint8)
+    colour = np.array([[1.1, 0.1, 0, 5], [0, 0.9, 0.1, -3], [0.05, 0, 1.2, 0]], np.float32) if coloured else None
+    view = augment.View(5, 3, 79, 60, round(57 * scale), round(74 * scale), flip, colour)
+    before = image.copy()
+    canvas = np.full((view.height + 7, view.width + 9, 3), 77, np.uint8)
+    augment.apply(view, image, canvas[: view.height, : view.width])
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    expected = cv2.resize(image[3:60, 5:79], (view.width, view.height), interpolation=how)
+    expected = expected if colour is None else cv2.transform(expected, colour)
+    assert np.array_equal(canvas[: view.height, : view.width], expected[:, ::-1] if flip else expected)
+    assert (canvas[view.height :] == 77).all() and (canvas[:, view.width :] == 77).all()
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize(
+    ("crop", "size", "expected"),
+    [((960, 1280), (240, 320), 4), ((960, 1280), (241, 320), 2), ((960, 1280), (961, 1280), 1), ((99, 16), (9, 1), 8)],
+)
+def test_an_image_is_shrunk_while_every_pixel_of_the_view_has_one(crop, size, expected):
+    assert augment.shrink_of(augment.View(8, 16, 8 + crop[1], 16 + crop[0], *size)) == expected
+
+
+def test_an_aligned_view_shows_all_that_it_did_and_no_more_than_there_is():
+    view = augment.aligned(augment.View(5, 9, 90, 60, 10, 10), (61, 90), 4)
+    assert (view.x0, view.y0, view.x1, view.y1) == (4, 8, 90, 60)
+    assert augment.aligned(view, (61, 90), 1) == view

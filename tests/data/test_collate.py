@@ -1,5 +1,6 @@
 """Micro-batches: planned canvas, mean padding, the same whoever loads them, unharmed by Arrow."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from ray_det.config import AugmentConfig, DatasetConfig
-from ray_det.data.collate import MEAN_PIXEL, LoadSpec, Shard, from_table, load, to_table
-from ray_det.data.decode import decode
+from ray_det.data.augment import shrink_of, whole
+from ray_det.data.collate import MEAN_PIXEL, LoadSpec, Shard, from_table, load, pad_to_canvas, to_table
+from ray_det.data.decode import decode, decode_for
 from ray_det.data.plan import plan_epoch, plan_evaluation
 from ray_det.data.prepare import prepare
 from ray_det.types import UserError
@@ -177,3 +179,61 @@ def test_a_link_out_of_the_root_is_never_followed(manifest, broken, tmp_path, sk
         UserError, match=rf"{path.name} is refused: it is a symbolic link that leaves {tmp_path}/images"
     ):
         load(Shard(moved, plan_of(manifest).assign(0, 1), replace(TRAIN, skip_bad=skip_bad)))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Large, smooth JPEGs with one bright rectangle each, which is their box."""
+    images, annotations = [], []
+    for i, (height, width) in enumerate([(481, 639), (640, 400), (1000, 700), (333, 1281)]):
+        x, y, w, h = width // 5, height // 4, width // 2, height // 3
+        picture = np.full((height, width, 3), 40, np.uint8)
+        picture[y : y + h, x : x + w] = 220
+        Image.fromarray(picture).save(tmp_path / f"{i}.jpg", quality=95)
+        images.append({"id": i + 1, "file_name": f"{i}.jpg", "height": height, "width": width})
+        annotations.append({"id": i + 1, "image_id": i + 1, "category_id": 1, "bbox": [x, y, w, h], "area": w * h})
+    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "box"}]}
+    (tmp_path / "photos.json").write_text(json.dumps(document))
+    return prepare(str(tmp_path / "photos.json"), str(tmp_path), tmp_path / "cache")[0]
+
+
+@pytest.mark.parametrize("spec", [EVAL, replace(TRAIN, augment=AugmentConfig(brightness=0, contrast=0, saturation=0))])
+def test_scaled_decoding_shows_the_same_picture_and_boxes_where_they_are(photos, spec):
+    """On the same canvas, with the same random numbers; the box is found again by its pixels."""
+    work = Shard(photos, plan_of(photos).assign(0, 1), spec)
+    plain, scaled = load(work), load(replace(work, spec=replace(spec, scaled_decode=True)))
+    differ = 0
+    for a, b in zip(plain, scaled, strict=True):
+        assert np.array_equal(a.sizes_B2, b.sizes_B2) and np.array_equal(a.image_ids_B, b.image_ids_B)
+        for old, new, boxes_a, boxes_b in zip(a.pixels_BHW3, b.pixels_BHW3, a.boxes_N4, b.boxes_N4, strict=True):
+            differ += not np.array_equal(old, new)
+            assert np.abs(old.astype(int) - new).mean() < 4
+            assert np.abs(boxes_a - boxes_b).max() < 1
+            ys, xs = np.nonzero(new[..., 0] > 170)  # the mean colour, which pads, is darker
+            found = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+            assert np.abs(found - boxes_b[0]).max() <= 1.5
+    assert differ
+
+
+def test_scaled_decoding_does_not_hide_another_size(photos):
+    """Half of 1281 is half of 1282, rounded up."""
+    index = photos.table.schema.get_field_index("width")
+    widths = photos.table["width"].to_numpy() + (photos.table["width"].to_numpy() == 1281)
+    wrong = replace(photos, table=photos.table.set_column(index, photos.table.schema.field("width"), [widths]))
+    with pytest.raises(UserError, match=r"is \(333, 1281\) \(h, w\), the manifest says \(333, 1282\)"):
+        load(Shard(wrong, plan_of(photos).assign(0, 1), replace(EVAL, scaled_decode=True)))
+
+
+def test_prediction_from_a_file_sees_what_evaluation_sees(photos):
+    table = photos.table
+    sizes = table["height"].to_numpy(), table["width"].to_numpy()
+    plan = plan_evaluation(*sizes, np.arange(4), CONFIG, batch_size=1, divisor=32, rank=0, world=1)
+    for batch in load(Shard(photos, plan, replace(EVAL, scaled_decode=True))):
+        row = table["image_id"].to_pylist().index(int(batch.image_ids_B[0]))
+        fit = (int(batch.sizes_B2[0, 0]), int(batch.sizes_B2[0, 1]))
+        data = photos.place(row).read()
+        pixels, size = decode_for(data, "x", lambda size, fit=fit: shrink_of(whole(size, fit)))
+        assert size == tuple(batch.orig_sizes_B2[0]) and pixels.shape[0] < size[0]
+        canvas = np.empty_like(batch.pixels_BHW3[0])
+        pad_to_canvas(pixels, size, fit, "mean", canvas)
+        assert np.array_equal(canvas, batch.pixels_BHW3[0])

@@ -11,7 +11,7 @@ import pytest
 from ray_det.config import DatasetConfig
 from ray_det.data import collate
 from ray_det.data.collate import LoadSpec, Shard
-from ray_det.data.plan import plan_epoch
+from ray_det.data.plan import Assignment, plan_epoch
 from ray_det.data.prepare import make
 from ray_det.types import UserError
 from tests.data.test_collate import TRAIN, manifest, plan_of, same  # noqa: F401  the fixture
@@ -29,6 +29,37 @@ def test_stream_is_load_in_order(manifest):  # noqa: F811
     for one, other in zip(streamed, collate.load(work), strict=True):
         same(one, other)
     assert [b.step for b in streamed] == list(range(len(streamed)))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_manifest_goes_to_the_object_store_once(manifest, monkeypatch):  # noqa: F811
+    import ray
+
+    from ray_det.data.pipeline import Loaders
+
+    loaders, put, puts = Loaders(2), ray.put, []
+    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or put(value))
+    for epoch in range(2):
+        plan = plan_of(manifest, epoch)
+        assert len(list(loaders.stream(collate.Shard(manifest, plan.assign(0, 1), TRAIN)))) == 2 * plan.steps
+    manifests = [value for value in puts if hasattr(value, "table")]
+    assert len(manifests) == 1 and manifests[0].table.column_names == list(collate.LOADED)
+
+
+def test_blocks_are_small_at_first_and_bounded():
+    from ray_det.data.pipeline import BLOCK_BATCHES, BLOCK_BYTES, _blocks
+
+    n = 40
+    keys = np.stack([np.zeros(n), np.arange(n), np.zeros(n)], axis=1).astype(np.int32)
+    canvas = np.where(np.arange(n)[:, None] < 25, 640, 2048).astype(np.int32).repeat(2, axis=1)
+    whole = Assignment(keys, canvas, np.full(n, 640, np.int32), np.arange(n + 1) * 4, np.arange(4 * n))
+    blocks = list(_blocks(whole))
+    assert np.array_equal(np.concatenate([block.keys for block in blocks]), keys)
+    assert np.array_equal(np.concatenate([block.rows for block in blocks]), whole.rows)
+    assert [len(block) for block in blocks][:4] == [1, 2, 4, BLOCK_BATCHES]
+    assert max(4 * int(block.canvas.prod(axis=1).sum()) * 3 for block in blocks) <= BLOCK_BYTES
+    alone = Assignment(keys[:2], canvas[:2] * 8, keys[:2, 0], whole.offsets[:3], whole.rows[:8])
+    assert [len(block) for block in _blocks(alone)] == [1, 1]  # each is larger than that, and goes all the same
 
 
 @pytest.mark.usefixtures("ray_cluster")
