@@ -92,7 +92,7 @@ def compare(
         more: put into the figure.
     """
     _check(target)
-    for arm in (ours, peer):
+    for arm in (ours, peer) if warm_up else ():
         arm.run()
     pairs = []
     for i in range(repeats):

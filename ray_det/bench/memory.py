@@ -20,7 +20,9 @@ EVERY_S = 1.0
 LEAST_EPOCHS = 10
 FLAT = "<= 1.1x"
 ROLES = {"ray::RayTrainWorker": "train worker", "ray::TrainController": "Ray Train's controller"}
-"""Of Ray's processes, by how their titles begin. Its other workers load images, do other small tasks, or wait."""
+"""Of Ray's processes, by how their titles begin."""
+LOADING = ("ray::IDLE", "MapBatches")
+"""In the titles of workers that load images, or wait for work. What else is a worker of Ray's is one of its actors."""
 SYSTEM = ("raylet", "gcs_server")
 
 
@@ -102,7 +104,7 @@ def role(command: list[str]) -> str:
         if title.startswith(start):
             return name
     if title.startswith("ray::"):
-        return "loaders and Ray's other workers"
+        return "loaders" if any(word in title for word in LOADING) else "Ray's actors"
     return next((name for name in SYSTEM if name in (command[0] if command else "")), "Ray's helpers")
 
 

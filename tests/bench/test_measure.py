@@ -31,6 +31,13 @@ def test_arms_take_turns_and_the_ratio_is_of_neighbours():
     assert line["machine"]["cores"] >= 1 and line["machine"]["versions"]["torch"]
 
 
+def test_arms_that_need_no_warm_up_have_none():
+    order: list[str] = []
+    ours, peer = recorded("ours", [2], order), recorded("peer", [4], order)
+    figure = compare("speed", "s", ours, peer, repeats=1, warm_up=False)
+    assert (order, figure.ratio) == (["ours", "peer"], 0.5)
+
+
 def test_a_figure_without_a_peer_and_its_target():
     order: list[str] = []
     figure = single("start", "s", recorded("job", [99, 14, 16, 17], order), repeats=3, target="<= 15")

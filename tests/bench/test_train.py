@@ -146,9 +146,8 @@ def test_first_steps_are_not_counted(tmp_path, monkeypatch, capsys):
 def test_processes_have_roles():
     assert memory.role(["ray::RayTrainWorker.init_train_context"]) == "train worker"
     assert memory.role(["ray::TrainController.run"]) == "Ray Train's controller"
-    assert (
-        memory.role(["ray::MapBatches(load_block)"]) == memory.role(["ray::IDLE"]) == "loaders and Ray's other workers"
-    )
+    assert memory.role(["ray::ReadRange->MapBatches(load_block)"]) == memory.role(["ray::IDLE"]) == "loaders"
+    assert memory.role(["ray::DatasetManager"]) == "Ray's actors"
     assert memory.role(["/lib/ray/core/src/ray/raylet/raylet", "--x"]) == "raylet"
     assert memory.role(["/bin/python", "-u", "/lib/ray/dashboard/agent.py"]) == memory.role([]) == "Ray's helpers"
 
@@ -168,7 +167,7 @@ def test_rates_and_memory_of_whole_runs(tmp_path):
     for figure in figures:
         assert figure["value"] > 0 and figure["ratio"] == pytest.approx(figure["value"] / figure["peer_value"])
     weighed = {f["figure"]: f for f in bench([*options, *short, "--memory_epochs", "10"])}
-    for role in ("train worker", "driver", "loaders and Ray's other workers"):
+    for role in ("train worker", "driver", "loaders"):
         figure = weighed[f"memory of {role} over 10 epochs"]
         assert figure["value"] > 50 and figure["peer_value"] > 50
 
