@@ -1,7 +1,7 @@
 """What an epoch costs on a cluster: measured and assumed costs of single operations, put together as this code does it.
 
 Per epoch, every rank plans all images, cuts out its own rows and hands them to Ray; loader tasks anywhere in the
-cluster read, decode and pad its micro-batches; the ranks step together; rank 0 keeps a checkpoint while all wait.
+cluster read, decode and pad its micro-batches; the ranks step together; rank 0 keeps a checkpoint while they go on.
 Validation is left out. The model is closed: it has no queues and no chance in it, so it is a bound from above.
 """
 
@@ -20,7 +20,7 @@ OBJECT_STORE_SHARE = 0.3  # of a node's memory, Ray's default
 NOTICEABLE = 0.1
 """Share of an epoch that something must cost to be called its bottleneck."""
 
-Origin = Literal["code", "measured", "others", "assumed", "placeholder"]
+Origin = Literal["code", "measured", "others", "assumed"]
 """Of a number: it stands in this code; was measured with it; was published by others; is a guess at the reader's
 cluster; or is to be replaced by a measurement that is under way."""
 
@@ -64,17 +64,16 @@ class Costs(Section):
     open_shards: int = number(64, "code", "shard files that a loader process keeps open")
 
     manifest_bytes: float = number(546, "measured", "bytes of an image's row in memory, with 7.3 boxes")
-    plan_s: float = number(3e-7, "placeholder", "seconds per image to plan an epoch, on every rank")
-    plan_bytes: float = number(20, "placeholder", "bytes per image while it is planned, on every rank")
-    rows_s: float = number(2.6e-6, "measured", "seconds per own image to cut a rank's rows out of the manifest")
-    first_batch_s: float = number(0.3, "placeholder", "seconds from the plan to a later epoch's first batch")
+    plan_s: float = number(4.2e-7, "measured", "seconds per image to plan an epoch, on every rank")
+    plan_bytes: float = number(100, "measured", "bytes per image while it is planned, on every rank")
+    first_batch_s: float = number(0.3, "measured", "seconds from the plan to a later epoch's first batch")
     node_memory_gb: float = number(2048, "assumed", "memory of a node, GB")
 
     checkpoint_bytes: float = number(12, "code", "bytes per parameter: weights and two moments, float32")
     disk_gb_s: float = number(1, "assumed", "GB/s at which rank 0 writes them to its disk")
     hash_gb_s: float = number(1.8, "measured", "GB/s of SHA-256")
     upload_gb_s: float = number(0.2, "assumed", "GB/s at which they are copied to the storage")
-    snapshot_gb_s: float = number(10, "assumed", "GB/s at which a copy in memory could be made of them")
+    snapshot_gb_s: float = number(10, "assumed", "GB/s at which they are copied in memory first")
     gpu_hour_usd: float = number(4, "assumed", "price of a GPU for an hour, USD")
 
 
@@ -88,16 +87,13 @@ class Layout:
     sizes_known: bool = False  # files are opened without asking for their size
     threads: int | None = None  # images that a loader has under way; None: as the code has it
     spread: bool = True  # loader tasks run anywhere; else on the node that trains on what they load
-    own_rows: bool = False  # a rank holds, and a task gets, its own rows; else all, and all of its rank's
-    waits: bool = True  # training waits until a checkpoint is kept; else until it is copied in memory
+    own_rows: bool = False  # a node holds, and a rank plans, their own rows; else all
 
 
 FILES = Layout("small files", packed=False)
 PACKED = Layout("packed", packed=True)
 SPREAD_KEYS = Layout("packed in 64 prefixes", packed=True, prefixes=64)
-CHANGED = Layout(
-    "changed", packed=True, prefixes=64, sizes_known=True, threads=16, spread=False, own_rows=True, waits=False
-)
+CHANGED = Layout("changed", packed=True, prefixes=64, sizes_known=True, threads=16, spread=False, own_rows=True)
 
 
 @dataclass(frozen=True)
@@ -133,9 +129,8 @@ def estimate(costs: Costs, layout: Layout, gpus: int, images: float) -> Estimate
     steps = math.ceil(images / batch)  # the last global batch is filled up
     turnover = {
         "plan": costs.plan_s * (images / gpus if layout.own_rows else images),
-        "rows": costs.rows_s * images / gpus,
         "first batch": costs.first_batch_s,
-        "checkpoint": checkpoint_s(costs, costs.model_params, waits=layout.waits),
+        "checkpoint": checkpoint_s(costs, costs.model_params),
     }
     return Estimate(limits, steps * batch / min(limits.values()), turnover, images)
 
@@ -190,24 +185,18 @@ def requests_per_image(costs: Costs, layout: Layout, images: float) -> float:
 
 
 def bytes_between_nodes(costs: Costs, layout: Layout, gpus: int) -> float:
-    """Bytes per image that leave a node: its pixels unless loaded where they are used, and its row, to every node."""
+    """Bytes per image that leave a node: its pixels, unless they are loaded where they are used."""
     nodes = nodes_of(costs, gpus)
-    if not layout.spread:
-        return 0.0
-    rows = costs.manifest_bytes * (1 if layout.own_rows else nodes - 1)
-    return (nodes - 1) / nodes * costs.canvas_bytes + rows * (nodes > 1)
+    return (nodes - 1) / nodes * costs.canvas_bytes if layout.spread else 0.0
 
 
 def node_memory(costs: Costs, layout: Layout, gpus: int, images: float) -> dict[str, float]:
     """Bytes that grow with the data set, on a fully used node: in processes, and in the object store."""
     ranks = min(gpus, costs.node_gpus)
-    held = images / gpus if layout.own_rows else images  # by each rank, beside its own cut-out rows
-    visiting = images if layout.spread and not layout.own_rows else images * ranks / gpus
+    planned = images / gpus if layout.own_rows else images
     return {
-        "manifests": ranks * held * costs.manifest_bytes,
-        "plans": ranks * held * costs.plan_bytes,
-        "own rows": ranks * images / gpus * costs.manifest_bytes,
-        "object store": visiting * costs.manifest_bytes,
+        "plans": ranks * planned * costs.plan_bytes,
+        "object store": (images * ranks / gpus if layout.own_rows else images) * costs.manifest_bytes,
     }
 
 
@@ -217,9 +206,12 @@ def fits(costs: Costs, memory: dict[str, float]) -> bool:
     return sum(memory.values()) <= whole and memory["object store"] <= OBJECT_STORE_SHARE * whole
 
 
-def checkpoint_s(costs: Costs, params: float, *, waits: bool) -> float:
-    """How long training stands still for one."""
+def checkpoint_s(costs: Costs, params: float) -> float:
+    """How long training stands still for one: while it is copied in memory."""
+    return params * costs.checkpoint_bytes / GB / costs.snapshot_gb_s
+
+
+def writing_s(costs: Costs, params: float) -> float:
+    """How long it takes to be kept, while training goes on."""
     size = params * costs.checkpoint_bytes / GB
-    if not waits:
-        return size / costs.snapshot_gb_s
     return size / costs.disk_gb_s + size / costs.hash_gb_s + size / costs.upload_gb_s

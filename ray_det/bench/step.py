@@ -36,8 +36,8 @@ SMALL = ModelConfig(name="torchvision/fcos_mobilenet_v3_small_fpn", weights="non
 
 
 class Config(Bench):
-    figures: tuple[Literal["loop", "tail", "precision", "ranks"], ...] = Field(
-        default=("loop", "tail", "precision", "ranks"), description="what is measured"
+    figures: tuple[Literal["loop", "tail", "precision", "ranks", "criterion"], ...] = Field(
+        default=("loop", "tail", "precision", "ranks", "criterion"), description="what is measured"
     )
     model: ModelConfig = SMALL
     image_size: Annotated[int, Field(ge=32)] = Field(default=320, description="longest side, pixels")
@@ -62,6 +62,10 @@ def run(config: Config) -> Iterator[Figure]:
             from ray_det.bench.ranks import weak_scaling
 
             yield weak_scaling(config.repeats, config.model, ours.job.facts.classes, batches)
+    if "criterion" in config.figures:
+        from ray_det.bench import criterion
+
+        yield from criterion.figures(config.repeats)
 
 
 @contextmanager

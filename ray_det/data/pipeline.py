@@ -6,8 +6,7 @@ nothing has to be split between ranks, and resuming is a shorter assignment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from ray_det.data.collate import LOADED, Shard, from_table, load, to_table
+from ray_det.data.collate import Shard, from_table, load, to_table
 from ray_det.data.headers import Header, HeaderChunk, map_in_threads
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import Assignment
@@ -47,11 +46,12 @@ class Loaders:
 
     Args:
         cpus: that they may use together.
+        shared: manifests that are in the object store already; others are put there when they are first used.
     """
 
-    def __init__(self, cpus: float) -> None:
+    def __init__(self, cpus: float, shared: Sequence[tuple[Manifest, ray.ObjectRef]] = ()) -> None:
         self._cpus = cpus
-        self._kept: dict[int, tuple[Manifest, ray.ObjectRef]] = {}
+        self._shared = list(shared)
 
     def warm_up(self) -> None:
         """Have loader processes start and import, while this one does something else."""
@@ -97,11 +97,11 @@ class Loaders:
 
     def _put(self, manifest: Manifest) -> ray.ObjectRef:
         """In the object store, once: what else a task needs is its part of the plan."""
-        known = self._kept.get(id(manifest))
-        if known is None:
-            table = manifest.table.select(LOADED).combine_chunks()
-            known = self._kept[id(manifest)] = manifest, ray.put(replace(manifest, table=table))
-        return known[1]
+        for known, reference in self._shared:
+            if known is manifest:
+                return reference
+        self._shared.append((manifest, ray.put(manifest)))
+        return self._shared[-1][1]
 
 
 def _configure(context: ray.data.DataContext) -> None:

@@ -16,6 +16,7 @@ from ray_det.storage import Folder
 from ray_det.types import ClassList
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
     from ray.actor import ActorHandle
 
     from ray_det.cluster import Room
@@ -57,6 +58,7 @@ class Payload:
     started_at: float
     room: Room
     board: ActorHandle
+    manifests: dict[str, ObjectRef[Manifest]]  # by split: in the object store, so that a node holds one copy
 
 
 def train_worker(config: dict[str, Payload]) -> None:

@@ -65,10 +65,11 @@ def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: l
 def _fit(job: Job, room: Room) -> None:
     """Fit to the end: anew, from the last checkpoint, after every node that the cluster announced to take away."""
     error: Exception | None = None
+    manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
     for _ in range(job.config.workers.max_preemption_failures + 1):
         board = start_board()
         with _signals() as asked, TemporaryDirectory(prefix="ray_det_") as scratch:
-            error = _follow(_trainer(job, room, board, scratch), board, asked)
+            error = _follow(_trainer(job, room, board, manifests, scratch), board, asked)
         ending: Exception | None = cast(Any, ray.get(board.ending.remote()))
         if ending and not isinstance(ending, Preempted):
             raise ending
@@ -82,7 +83,7 @@ def _fit(job: Job, room: Room) -> None:
         raise error
 
 
-def _trainer(job: Job, room: Room, board: Any, scratch: str) -> TorchTrainer:
+def _trainer(job: Job, room: Room, board: Any, manifests: dict[str, Any], scratch: str) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -90,7 +91,7 @@ def _trainer(job: Job, room: Room, board: Any, scratch: str) -> TorchTrainer:
 
     config, workers = job.config, job.config.workers
     set_limits(workers)
-    payload = Payload(config, job.run_id, job.run, job.started_at, room, board)
+    payload = Payload(config, job.run_id, job.run, job.started_at, room, board, manifests)
     return TorchTrainer(
         train_worker,
         train_loop_config={"payload": payload},

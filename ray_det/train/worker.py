@@ -20,7 +20,6 @@ import ray.train.torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 
-from ray_det.data.manifest import Manifest, read_manifest
 from ray_det.data.pipeline import Loaders
 from ray_det.retry import reason
 from ray_det.storage import Folder, StorageError
@@ -28,7 +27,6 @@ from ray_det.train import loop, store
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.job import Job, Payload
 from ray_det.train.session import Runtime
-from ray_det.train.start import SPLITS
 from ray_det.train.step import Asked
 from ray_det.train.watch import Watch
 from ray_det.types import Preempted, Stopped, TrainingError, UserError
@@ -71,7 +69,8 @@ def _train(payload: Payload) -> None:
     watch = Watch(rank, payload.config.workers.stall_timeout_s, line.tell)
     # The next start on this node finds it, and does not leave another one.
     temporary = Path(tempfile.gettempdir(), f"ray_det_{payload.run_id}_{rank}")
-    loaders = Loaders(payload.room.loader_cpus)
+    manifests = {split: ray.get(reference) for split, reference in payload.manifests.items()}
+    loaders = Loaders(payload.room.loader_cpus, [(manifests[s], payload.manifests[s]) for s in manifests])
     loaders.warm_up()
     with watch.watching(), _warnings(line, rank):
         _require_shared(run, payload.run_id)
@@ -95,7 +94,7 @@ def _train(payload: Payload) -> None:
             at=watch.at,
             folder=folder,
         )
-        job = Job(payload.config, _read_manifests(run, temporary), payload.run_id, run, payload.started_at)
+        job = Job(payload.config, manifests, payload.run_id, run, payload.started_at)
         loop.run(job, runtime)
         if rank == 0 and not run.local:
             shutil.rmtree(folder / "staging", ignore_errors=True)
@@ -202,15 +201,3 @@ def _fetch_log(run: Folder, folder: Path) -> None:
         (folder / log).unlink(missing_ok=True)
         if run.exists(log):
             run.download(folder / log, log)
-
-
-def _read_manifests(run: Folder, temporary: Path) -> dict[str, Manifest]:
-    manifests = {}
-    for split in SPLITS:
-        name = f"data/{split}.parquet"
-        if not run.exists(name):
-            continue
-        if not run.local:
-            run.download(temporary / name, name)
-        manifests[split] = read_manifest((run.local or temporary) / name)
-    return manifests
