@@ -56,6 +56,16 @@ def start_ray(workers: WorkersConfig) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    _give_a_head_start()
+
+
+def _give_a_head_start() -> None:
+    """Start a process that Ray Train's controller would start, and wait for, after seconds of imports of its own."""
+    try:
+        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+    except ImportError:  # not with this version
+        return
+    get_or_create_autoscaling_coordinator()
 
 
 def prepare_environment() -> None:

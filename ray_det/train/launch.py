@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import signal
 import threading
 import time
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 POLL_S = 0.5
 START_ATTEMPTS = 12  # of Ray Train to place the workers, each start_timeout_s long
+UNUSED_ANYWHERE = ("DatasetsCallback",)
+"""Ray Train's own callbacks that start a process each: this one splits data sets among workers, who load their own."""
+UNUSED_LOCALLY = ("PlacementGroupCleanerCallback",)
+"""It cleans up after a driver that died; a cluster that was started for a run dies with it."""
 STOP_GRACE_S = 60.0  # to finish a step and keep a checkpoint, or to finish a validation
 
 
@@ -51,7 +56,11 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
             say(f"run {config.name} is finished: {job.run.uri}")
             return done
         start_ray(job.config.workers)
-        _fit(job, require_room(job.config.workers))
+        room = require_room(job.config.workers)
+        from ray_det.data.pipeline import Loaders  # Ray Data, which is being imported beside
+
+        Loaders(room.loader_cpus).warm_up()
+        _fit(job, room)
         return job.run.read_json("summary.json")
 
 
@@ -92,7 +101,7 @@ def _trainer(job: Job, room: Room, board: Any, manifests: dict[str, Any], scratc
     config, workers = job.config, job.config.workers
     set_limits(workers)
     payload = Payload(config, job.run_id, job.run, job.started_at, room, board, manifests)
-    return TorchTrainer(
+    return _lean(TorchTrainer)(
         train_worker,
         train_loop_config={"payload": payload},
         torch_config=TorchConfig(backend="nccl" if room.gpu else "gloo"),
@@ -108,6 +117,17 @@ def _trainer(job: Job, room: Room, board: Any, manifests: dict[str, Any], scratc
             ),
         ),
     )
+
+
+def _lean(kind: type[TorchTrainer]) -> type[TorchTrainer]:
+    """Without processes that a run has no use for: they take seconds of its start. What Ray renames simply stays."""
+    unused = UNUSED_ANYWHERE if os.environ.get("RAY_ADDRESS") else UNUSED_ANYWHERE + UNUSED_LOCALLY
+
+    class Lean(kind):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
+
+    return Lean
 
 
 def _follow(trainer: TorchTrainer, board: Any, asked: list[int]) -> Exception | None:
