@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
+from ray_det.bench.alone import open_alone
 from ray_det.bench.measure import Arm, Bench, Figure, compare
 from ray_det.config import ModelConfig, TrainJobConfig
 from ray_det.data.collate import Shard, load
 from ray_det.data.headers import map_in_threads
-from ray_det.train.session import Runtime, Session, open_session
+from ray_det.train.session import Session
 from ray_det.train.start import begin
-from ray_det.train.step import Asked, train_step
+from ray_det.train.step import train_step
 from ray_det.train.store import keep
 from ray_det.types import MicroBatch
 
@@ -97,22 +96,9 @@ def _prepared(config: Config, storage: Path) -> tuple[Session, list[MicroBatch]]
         }
     )
     job = begin(asked, time.time(), lambda text: None, map_in_threads)
-    runtime = Runtime(
-        rank=0,
-        world=1,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        group=None,
-        threads=config.threads,
-        stream=lambda work: iter(load(work)),
-        newest=lambda before: nullcontext(),
-        commit=lambda staged, name: keep(job.run, staged, name),
-        notify=lambda update: None,
-        asked=Asked,
-        preempted=lambda: False,
-        at=lambda phase, step: None,
-        folder=Path(job.run.uri),
+    session = open_alone(
+        job, config.threads, lambda work: iter(load(work)), commit=lambda staged, name: keep(job.run, staged, name)
     )
-    session = open_session(job, runtime, None)
     plan = session.plan(0)
     assignment = plan.assign(0, 1).slice(0, 4)
     work = Shard(job.manifests["train"], assignment, session.load_spec(training=True))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.loss.loss_utils import LOSS_MAPPING
 
+from ray_det.bench.alone import seconds
 from ray_det.bench.measure import Arm, Figure, compare, single
 from ray_det.bench.syncs import host_syncs
 from ray_det.config import ModelConfig, OptimConfig
@@ -55,7 +55,7 @@ def figures(repeats: int) -> Iterator[Figure]:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     arms = {name: _Step("d_fine", DFINE_SMALL, device, ours=name == "ours") for name in ("ours", "transformers")}
     settings = {"model": "D-FINE-S-like", "images": IMAGES, "side": SIDE, "boxes": BOXES, "classes": len(CLASSES)}
-    ours, peer = (Arm(n, lambda s=s: 1000 * _seconds(s.criterion, device), settings) for n, s in arms.items())
+    ours, peer = (Arm(n, lambda s=s: 1000 * seconds(s.criterion, device), settings) for n, s in arms.items())
     yield compare("criterion and matcher, forward and backward", "ms", ours, peer, repeats=repeats)
     ours, peer = (Arm(n, s.share, settings) for n, s in arms.items())
     title = "criterion and matcher in a training step"
@@ -121,8 +121,8 @@ class _Step:
         torch.autograd.grad(loss, leaves, allow_unused=True)
 
     def share(self) -> float:
-        step = _seconds(self, self.device)
-        return _seconds(self.criterion, self.device) / step
+        step = seconds(self, self.device)
+        return seconds(self.criterion, self.device) / step
 
 
 def _listen(detector: Detector) -> list[Any]:
@@ -143,16 +143,6 @@ def _listen(detector: Detector) -> list[Any]:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def drawn(side: int) -> MicroBatch:

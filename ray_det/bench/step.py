@@ -8,15 +8,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ray_det.bench.alone import open_alone, seconds
 from ray_det.bench.measure import Arm, Bench, Figure, compare
 from ray_det.config import ModelConfig, TrainJobConfig
 from ray_det.data import embedded
@@ -27,9 +28,9 @@ from ray_det.models.detector import Detector, to_device
 from ray_det.train.ema import Ema
 from ray_det.train.loop import train_steps
 from ray_det.train.optim import build_optimizer
-from ray_det.train.session import Runtime, Session, open_session
+from ray_det.train.session import Session
 from ray_det.train.start import begin
-from ray_det.train.step import Asked, gradient_norm, update, use_bf16
+from ray_det.train.step import gradient_norm, update, use_bf16
 from ray_det.types import MicroBatch
 
 SMALL = ModelConfig(name="torchvision/fcos_mobilenet_v3_small_fpn", weights="none", fpn_channels=64)
@@ -87,24 +88,7 @@ def session(config: Config, scratch: Path) -> Iterator[tuple[Session, list[Micro
         return iter(batches)
 
     job = begin(TrainJobConfig.model_validate(asked), time.time(), lambda text: None, map_in_threads)
-    if job.run.local is None:
-        raise AssertionError("the scratch folder is local")
-    runtime = Runtime(
-        rank=0,
-        world=1,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        group=None,
-        threads=config.threads,
-        stream=stream,
-        newest=lambda before: nullcontext(None),
-        commit=lambda staged, name: None,
-        notify=lambda update: None,
-        asked=Asked,
-        preempted=lambda: False,
-        at=lambda phase, step: None,
-        folder=job.run.local,
-    )
-    opened = open_session(job, runtime, None)
+    opened = open_alone(job, config.threads, stream)
     try:
         train_steps(opened, opened.plan(0))  # loads the batches
         yield opened, batches
@@ -219,14 +203,3 @@ def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro: MicroBa
         loss = model(to_device(micro, device))["loss"]
     loss.backward()
     optimizer.step()
-
-
-def seconds(function: Callable[[], Any], device: torch.device, count: int = 1) -> float:
-    """Of a call, divided by `count`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / count
