@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from ray_det.bench.alone import seconds
 from ray_det.bench.measure import Arm, Figure, compare, single
 from ray_det.bench.syncs import host_syncs
+from ray_det.bench.task import DFINE_SMALL
 from ray_det.config import ModelConfig, OptimConfig
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
@@ -30,23 +31,6 @@ LOSSES = {
     "rt_detr_v2": "RTDetrV2ForObjectDetection",
     "detr": "ForObjectDetection",
 }
-DFINE_SMALL: dict[str, Any] = {
-    "backbone_config": {
-        "stem_channels": [3, 16, 16],
-        "stage_in_channels": [16, 64, 256, 512],
-        "stage_mid_channels": [16, 32, 64, 128],
-        "stage_out_channels": [64, 256, 512, 1024],
-        "stage_num_blocks": [1, 1, 2, 1],
-        "stage_numb_of_layers": [3, 3, 3, 3],
-        "hidden_sizes": [64, 256, 512, 1024],
-        "use_learnable_affine_block": True,
-    },
-    "encoder_in_channels": [256, 512, 1024],
-    "decoder_layers": 3,
-    "depth_mult": 0.34,
-    "hidden_expansion": 0.5,
-}
-"""D-FINE-S (https://arxiv.org/abs/2410.13842) as far as its size goes: HGNetv2-B0, three decoder layers."""
 SYNC_STEPS: dict[str, dict[str, Any]] = {"d_fine": DFINE_SMALL, "rt_detr_v2": {}, "detr": {}}
 
 
@@ -54,7 +38,7 @@ def figures(repeats: int) -> Iterator[Figure]:
     """Time of forward and backward through the criterion, its share of the step, host syncs of a step."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     arms = {name: _Step("d_fine", DFINE_SMALL, device, ours=name == "ours") for name in ("ours", "transformers")}
-    settings = {"model": "D-FINE-S-like", "images": IMAGES, "side": SIDE, "boxes": BOXES, "classes": len(CLASSES)}
+    settings = {"model": "D-FINE-S", "images": IMAGES, "side": SIDE, "boxes": BOXES, "classes": len(CLASSES)}
     ours, peer = (Arm(n, lambda s=s: 1000 * seconds(s.criterion, device), settings) for n, s in arms.items())
     yield compare("criterion and matcher, forward and backward", "ms", ours, peer, repeats=repeats)
     ours, peer = (Arm(n, s.share, settings) for n, s in arms.items())
