@@ -16,6 +16,8 @@ from ray_det.types import TrainingError, UserError
 
 T = TypeVar("T")
 
+COPY_BYTES = 1 << 20
+
 
 class StorageError(TrainingError):
     """A storage stayed out of reach, full, or refused what was asked of it."""
@@ -85,8 +87,13 @@ class Folder:
         """Copy a local file or folder to `name`."""
 
         def copy(system: fs.FileSystem, path: str) -> None:
-            system.create_dir(path if source.is_dir() else path.rsplit("/", 1)[0], recursive=True)
-            fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+            files = sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+            for file in files:
+                target = f"{path}/{file.relative_to(source).as_posix()}" if source.is_dir() else path
+                system.create_dir(target.rsplit("/", 1)[0], recursive=True)
+                # Arrow's copy_files takes an upload for done whose last part the object store refused.
+                with file.open("rb") as content, system.open_output_stream(target) as stream:
+                    shutil.copyfileobj(content, stream, COPY_BYTES)
 
         self._do("write", name, copy)
 

@@ -20,10 +20,14 @@ KEY, SECRET = "test-key", "test-secret-of-the-local-server"
 
 
 class S3Server:
-    """Can be stopped, started again with what it had, and frozen."""
+    """Can be stopped, started again with what it had, and frozen.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        room_mb: what may be written in its life; what is deleted counts.
+    """
+
+    def __init__(self, folder: Path, room_mb: int) -> None:
+        self._folder, self._volumes, self._volume_mb = folder, 16, -(-room_mb // 16)
         (folder / "data").mkdir(parents=True)
         (folder / "master").mkdir()
         admin = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
@@ -42,10 +46,10 @@ class S3Server:
             "master.port": master,
             "master.port.grpc": master_grpc,
             "master.telemetry": "false",
-            "master.volumeSizeLimitMB": "64",
+            "master.volumeSizeLimitMB": str(self._volume_mb),
             "volume.port": volume,
             "volume.port.grpc": volume_grpc,
-            "volume.max": "20",
+            "volume.max": str(self._volumes),
             "filer.port": filer,
             "filer.port.grpc": filer_grpc,
             "filer.localSocket": self._folder / "filer.sock",
@@ -101,7 +105,7 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
+def s3_server(folder: Path, room_mb: int = 32_000) -> Iterator[S3Server]:
     """A started server, with the environment set so that `s3://bucket/…` is on it."""
     settings = {
         "AWS_ACCESS_KEY_ID": KEY,
@@ -111,7 +115,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     before = {name: os.environ.get(name) for name in settings}
-    server = S3Server(folder)
+    server = S3Server(folder, room_mb)
     os.environ |= {name: value or f"http://{server.endpoint}" for name, value in settings.items()}
     try:
         server.start()

@@ -11,7 +11,7 @@ import pytest
 from ray_det.data import files
 from ray_det.retry import patiently
 from ray_det.storage import Folder, StorageError
-from tests.s3 import S3Server
+from tests.s3 import S3Server, s3_server
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -81,6 +81,16 @@ def test_an_outage_is_waited_for(outage, s3: S3Server, tmp_path):
     assert files.read_bytes(f"{folder.uri}/data", patience_s=60) == b"1"
     timer.join()
     assert folder.names() == ["data", "text"]
+
+
+def test_what_does_not_fit_is_an_error_and_not_an_empty_object(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 30_000_000)
+    with s3_server(tmp_path / "s3", room_mb=16):
+        folder = Folder.at("s3://bucket/full", patience_s=0.1)
+        with pytest.raises(StorageError, match="^cannot write s3://bucket/full/"):
+            for i in range(3):
+                folder.upload(tmp_path / "file", str(i))
+        assert not folder.exists(str(i))
 
 
 def test_an_outage_for_good_is_one_clear_error(monkeypatch):

@@ -40,7 +40,7 @@ def keep(run: Folder, staged: Path, name: str) -> None:
     for known in _names(run):
         if whole == KEPT:
             (run / known).delete()
-        elif not run.exists(f"{known}/{BROKEN}"):
+        elif _usable(run, known):
             whole += 1
 
 
@@ -58,8 +58,8 @@ def newest(run: Folder, before: int | None = None, *, mark: bool = True) -> Iter
     """
     problems: dict[str, str] = {}
     for name in _names(run):
-        if run.exists(f"{name}/{BROKEN}") or not run.exists(f"{name}/{LAST_FILE}"):
-            continue  # marked, or an upload that was cut off
+        if not _usable(run, name):
+            continue
         with _local(run, name) as folder:
             try:
                 checkpoint = Checkpoint.open(folder)
@@ -76,6 +76,11 @@ def newest(run: Folder, before: int | None = None, *, mark: bool = True) -> Iter
     if problems:
         raise UserError("; ".join(problems.values()))
     yield None
+
+
+def _usable(run: Folder, name: str) -> bool:
+    """Neither marked as broken nor an upload that was cut off."""
+    return run.exists(f"{name}/{LAST_FILE}") and not run.exists(f"{name}/{BROKEN}")
 
 
 @contextmanager

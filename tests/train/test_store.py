@@ -52,3 +52,6 @@ def test_an_upload_that_was_cut_off_is_no_checkpoint(made, tmp_path):
     (tmp_path / store.name_of(5, "train") / "state.json").unlink()
     with store.newest(run) as found:
         assert found is None
+    for step in (1, 2):
+        keep(run, made, step)
+    assert names(run) == [store.name_of(step, "train") for step in (1, 2, 5)]
