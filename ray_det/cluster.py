@@ -15,6 +15,7 @@ from ray_det.types import UserError
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
+    from ray.util.placement_group import PlacementGroup
 
 ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment as it is
@@ -31,8 +32,12 @@ ELASTIC_START_S = 10.0
 """A range of workers is placed at once or not at all: Ray may still count a node that is gone, and must look again."""
 
 
-def start_ray(workers: WorkersConfig) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine with room for workers and loaders."""
+def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start one on this machine with room for workers and loaders.
+
+    Args:
+        beside: processes beside the workers, each as large as one.
+    """
     if ray.is_initialized():
         return
     prepare_environment()
@@ -51,7 +56,7 @@ def start_ray(workers: WorkersConfig) -> None:
     fitting = min(workers.most, int(cores // workers.cpus))
     ray.init(
         "local",  # a cluster that happens to run here is another's
-        num_cpus=cores + int(-(-fitting * workers.cpus // 1)),
+        num_cpus=cores + int(-(-(fitting + beside) * workers.cpus // 1)),
         include_dashboard=False,  # seconds of start-up and a process that computes beside the training
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -95,8 +100,11 @@ class Room:
     several_nodes: bool  # so that one may be taken away and the run goes on
 
 
-def require_room(workers: WorkersConfig) -> Room:
+def require_room(workers: WorkersConfig, beside: int = 0) -> Room:
     """What each worker gets, once the cluster has room for all, or for as many as the run needs.
+
+    Args:
+        beside: processes beside the workers, each as large as one.
 
     Raises:
         UserError: it has none after `start_timeout_s`, where an autoscaler might have added nodes.
@@ -108,9 +116,9 @@ def require_room(workers: WorkersConfig) -> Room:
         gpu = workers.use_gpu
         if gpu is None:
             gpu = _fitting(nodes, workers.cpus, gpus=1) >= workers.least
-        fitting = _fitting(nodes, workers.cpus, gpus=int(gpu))
+        fitting = _fitting(nodes, workers.cpus, gpus=int(gpu)) - beside
         start = min(fitting, workers.most)
-        left = sum(node.get("CPU", 0) for node in nodes) - start * workers.cpus
+        left = sum(node.get("CPU", 0) for node in nodes) - (start + beside) * workers.cpus
         if fitting >= workers.least and left >= 1:
             share = left / start
             return Room(gpu, share, workers.threads or max(1, int(share)), len(nodes) > 1)
@@ -118,11 +126,28 @@ def require_room(workers: WorkersConfig) -> Room:
             break
         time.sleep(1)
     need = f"{workers.cpus:g} CPUs" + (" and a GPU" if gpu else "")
+    who = f"{workers.least} workers" + (" and the validation in the background" if beside else "")
     have = ", ".join(f"{n.get('CPU', 0):g} CPUs {n.get('GPU', 0):g} GPUs" for n in nodes)
-    raise UserError(
-        f"no room for {workers.least} workers with {need} each beside a CPU for loaders: "
-        f"the cluster's nodes have {have}"
-    )
+    raise UserError(f"no room for {who} with {need} each beside a CPU for loaders: the cluster's nodes have {have}")
+
+
+def place_beside(workers: WorkersConfig, room: Room) -> PlacementGroup:
+    """A place for a process as large as a worker, reserved for as long as this driver lives.
+
+    Raises:
+        UserError: there is none after `start_timeout_s`.
+    """
+    from ray.util.placement_group import placement_group
+
+    place = placement_group([resources(workers, room)])
+    if not place.wait(workers.start_timeout_s):
+        raise UserError(f"no room for {resources(workers, room)} beside the train workers")
+    return place
+
+
+def resources(workers: WorkersConfig, room: Room) -> dict[str, float]:
+    """Of a worker, in Ray's words."""
+    return {"CPU": workers.cpus} | ({"GPU": 1.0} if room.gpu else {})
 
 
 def scaling(workers: WorkersConfig, room: Room) -> ScalingConfig:
@@ -132,7 +157,7 @@ def scaling(workers: WorkersConfig, room: Room) -> ScalingConfig:
     return ScalingConfig(
         num_workers=workers.num if isinstance(workers.num, int) else (workers.least, workers.most),
         use_gpu=room.gpu,
-        resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if room.gpu else {}),
+        resources_per_worker=resources(workers, room),
         elastic_resize_monitor_interval_s=workers.resize_interval_s,
     )
 

@@ -119,6 +119,10 @@ class EvalConfig(Section):
     )
     pictures: Annotated[int, Field(ge=0)] = Field(default=4, description="val images drawn with their boxes each epoch")
     scorer: Scorer = Field(default="hotcoco", description=SCORER)
+    background: bool = Field(
+        default=False,
+        description="validate on a CPU or GPU of its own while the next epoch trains; its numbers come an epoch later",
+    )
 
 
 class WorkersConfig(Section):
@@ -192,6 +196,11 @@ class TrainJobConfig(Section):
     eval: EvalConfig = EvalConfig()
     workers: WorkersConfig = WorkersConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @property
+    def validators(self) -> int:
+        """Processes beside the train workers, each as large as one."""
+        return int(self.eval.background and self.data.val is not None)
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainJobConfig:

@@ -87,10 +87,12 @@ def test_what_does_not_fit_is_an_error_and_not_an_empty_object(tmp_path):
     (tmp_path / "file").write_bytes(b"x" * 30_000_000)
     with s3_server(tmp_path / "s3", room_mb=16):
         folder = Folder.at("s3://bucket/full", patience_s=0.1)
+        uploaded = []
         with pytest.raises(StorageError, match="^cannot write s3://bucket/full/"):
-            for i in range(3):
-                folder.upload(tmp_path / "file", str(i))
-        assert not folder.exists(str(i))
+            for name in ("a", "b", "c"):
+                folder.upload(tmp_path / "file", name)
+                uploaded.append(name)
+        assert folder.names() == uploaded
 
 
 def test_an_outage_for_good_is_one_clear_error(monkeypatch):

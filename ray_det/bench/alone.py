@@ -38,6 +38,7 @@ def open_alone(
         preempted=lambda: False,
         at=lambda phase, step: None,
         folder=Path(job.run.uri),
+        kept=lambda name: nullcontext(Path(job.run.uri, name)),
     )
     return open_session(job, runtime, None)
 

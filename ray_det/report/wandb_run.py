@@ -4,7 +4,8 @@ How records become rows. wandb's own step must not go backwards and a row, once 
 record is logged with `step=global_step`, which leaves its row open until the next step; the epoch's records (logged
 before that) go into the same row. Keys never collide, so no record is lost or merged away, each global step is one
 row, and `global_step`, by which val/*, test/*, ... are charted, is right wherever such a record lands: after a restart
-between the step and its validation that is a row of its own, or, online, the next open one.
+between the step and its validation that is a row of its own, or, online, the next open one. An epoch that was validated
+in the background has its record in the row that is open by then.
 
 Offline, each start adds a folder `wandb/offline-run-*` with the same id: `wandb sync --id <id> wandb/offline-run-*`
 makes one run of them. `WANDB_MODE` in the environment counts where the configuration says `auto`.
@@ -47,6 +48,7 @@ class WandbRun:
     ) -> None:
         self._run: Any = None
         self._sent = Sent()
+        self._row = 0  # wandb's own step: of the row that is open
         mode = _mode(config)
         if mode == "disabled":
             return
@@ -82,7 +84,8 @@ class WandbRun:
             self._guard("finishing", lambda: _finish(run, exit_code))
 
     def _log(self, row: Record, global_step: int) -> None:
-        self._run.log(row, step=max(global_step, self._run.starting_step))
+        self._row = max(self._row, global_step, self._run.starting_step)
+        self._run.log(row, step=self._row)
 
     def _open(self, folder: Path, config: WandbConfig, name: str, run_id: str, run_config: Record, mode: str) -> None:
         start = dict(id=run_id, name=name, config=run_config, dir=str(folder.absolute()))
@@ -105,6 +108,7 @@ class WandbRun:
             self._sent = _sent_to_server(self._run)
         elif before is not None:
             self._sent = before
+        self._row = max(self._row, self._sent.through["step"])
         # With neither, what an earlier start logged offline is lost with its machine: all of it is sent.
         for record in known:
             self.send(kind_of(record), record)

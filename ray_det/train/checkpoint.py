@@ -50,6 +50,7 @@ class TrainState:
     log_lines: int = 0  # lines of metrics.jsonl
     padded_sum: float = 0.0  # padded shares of all steps so far
     skipped_images: int = 0  # training images so far that could not be loaded and were blank
+    validating: dict[str, float] | None = None  # record of the epoch that is being validated in the background
 
     def next_epoch(self) -> TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)

@@ -1,20 +1,47 @@
-"""Evaluation of a split during training, on all ranks: predict, gather, score, and tell every rank the numbers."""
+"""Evaluation of a split during training: each rank predicts its part, the parts are scored together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
+import torch
 
+from ray_det.config import TrainJobConfig, micro_batches
 from ray_det.data.manifest import Manifest
 from ray_det.evaluate.gather import from_main, gather_lists
 from ray_det.evaluate.inference import Inferred
 from ray_det.evaluate.results import Results
-from ray_det.evaluate.split import infer_split, readable_rows, score
+from ray_det.evaluate.split import Stream, infer_split, readable_rows, score
+from ray_det.models.detector import Detector
 from ray_det.report.pictures import Picture
+from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import Session
-from ray_det.train.skipped import note_in_evaluation, skipped_in
-from ray_det.train.step import sync_buffers
+from ray_det.train.skipped import Skipped, note_in_evaluation, skipped_in
+from ray_det.train.step import sync_buffers, use_bf16
+from ray_det.types import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank found."""
+
+    results: Results
+    losses: list[tuple[int, float]]  # (number of the batch, its loss summed over its images)
+    pictures: list[Picture]
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What all of them found together."""
+
+    metrics: dict[str, float]  # COCO's, and `loss`
+    pictures: list[Picture]
+    skipped: list[Skipped]
 
 
 def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[str, float]:
@@ -26,45 +53,98 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
     Raises:
         TrainingError: more images could not be loaded than `data.max_skipped_share` allows.
     """
-    runtime, config, manifest = session.runtime, session.config, session.job.manifests[split]
+    runtime, manifest = session.runtime, session.job.manifests[split]
     session.at("evaluation")
     sync_buffers(session.evaluated)
-    shown = _shown(manifest, pictures)
-    detections, drawn, losses, skipped = [], [], [], []
-    for inferred in infer_split(
+    part = infer_part(
         session.evaluated,
         manifest,
-        config.data,
+        session.config,
         runtime.stream,
         runtime.device,
-        batch_size=config.eval.batch_size or session.micro_batches[1],
+        lambda: session.at("evaluation"),
         rank=runtime.rank,
         world=runtime.world,
-        bf16=session.bf16,
+        pictures=pictures,
+    )
+    session.at("gathering and scoring of detections")
+    note_in_evaluation(session, split, part.skipped, session.state.global_step)
+    parts = gather_lists([part], runtime.group)
+    evaluated = join(parts, manifest, session.config) if parts is not None else None
+    metrics = from_main(evaluated and evaluated.metrics, runtime.group)
+    if metrics is None:
+        raise RuntimeError("rank 0 has no metrics")
+    if session.tracker and evaluated:  # nobody waits for the drawing
+        session.tracker.log_pictures(session.state.global_step, evaluated.pictures, list(manifest.classes.names))
+    return metrics
+
+
+def evaluate_checkpoint(
+    folder: Path,
+    config: TrainJobConfig,
+    manifest: Manifest,
+    stream: Stream,
+    device: torch.device,
+    alive: Callable[[], None] = lambda: None,
+) -> Evaluated | None:
+    """What `evaluate_split` finds with these weights on one rank; None: the checkpoint is broken."""
+    try:
+        checkpoint = Checkpoint.open(folder)
+    except UserError:
+        return None
+    detector = checkpoint.build(device)
+    part = infer_part(detector, manifest, config, stream, device, alive, pictures=config.eval.pictures)
+    return join([part], manifest, config)
+
+
+def infer_part(
+    detector: Detector,
+    manifest: Manifest,
+    config: TrainJobConfig,
+    stream: Stream,
+    device: torch.device,
+    alive: Callable[[], None],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    pictures: int = 0,
+) -> Part:
+    """A rank's part of a split.
+
+    Args:
+        alive: called after every batch.
+        pictures: how many images of the whole split are drawn.
+    """
+    shown = _shown(manifest, pictures)
+    detections, losses, drawn, skipped = [], [], [], []
+    for inferred in infer_split(
+        detector,
+        manifest,
+        config.data,
+        stream,
+        device,
+        batch_size=config.eval.batch_size or micro_batches(config.train, config.workers.most)[1],
+        rank=rank,
+        world=world,
+        bf16=use_bf16(config.train.precision, device),
         with_loss=True,
     ):
-        session.at("evaluation")
+        alive()
         detections += inferred.detections
         losses.append((inferred.batch.step, (inferred.loss or 0.0) * len(inferred.detections)))
         drawn += _pictures(inferred, shown)
         skipped += skipped_in([inferred.batch])
-    session.at("gathering and scoring of detections")
-    note_in_evaluation(session, split, skipped)
-    parts = gather_lists([(Results.of(detections), losses, drawn)], runtime.group)
-    metrics: dict[str, float] | None = None
-    if parts is not None:
-        results = Results.joined([part[0] for part in parts])
-        # summed in the order of the batches: the same at every world size
-        loss = sum(value for _, value in sorted(chain.from_iterable(part[1] for part in parts)))
-        metrics = {"loss": loss / max(len(results.image_ids_I), 1)}
-        metrics |= score(manifest, results, config.eval.scorer)
-    metrics = from_main(metrics, runtime.group)
-    if metrics is None:
-        raise RuntimeError("rank 0 has no metrics")
-    if session.tracker and parts is not None:  # nobody waits for the drawing
-        ordered = sorted(chain.from_iterable(part[2] for part in parts), key=lambda picture: picture.image_id)
-        session.tracker.log_pictures(session.state.global_step, ordered, list(manifest.classes.names))
-    return metrics
+    return Part(Results.of(detections), losses, drawn, skipped)
+
+
+def join(parts: list[Part], manifest: Manifest, config: TrainJobConfig) -> Evaluated:
+    """The parts of all ranks, scored."""
+    results = Results.joined([part.results for part in parts])
+    # summed in the order of the batches: the same at every world size
+    loss = sum(value for _, value in sorted(chain.from_iterable(part.losses for part in parts)))
+    metrics = {"loss": loss / max(len(results.image_ids_I), 1)} | score(manifest, results, config.eval.scorer)
+    pictures = sorted(chain.from_iterable(part.pictures for part in parts), key=lambda picture: picture.image_id)
+    return Evaluated(metrics, pictures, list(chain.from_iterable(part.skipped for part in parts)))
 
 
 def _shown(manifest: Manifest, count: int) -> set[int]:

@@ -18,6 +18,7 @@ from ray_det.types import ClassList
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
 
     from ray_det.cluster import Room
 
@@ -59,6 +60,7 @@ class Payload:
     room: Room
     board: ActorHandle
     manifests: dict[str, ObjectRef[Manifest]]  # by split: in the object store, so that a node holds one copy
+    place: PlacementGroup | None  # where epochs are validated in the background, if they are
 
 
 def train_worker(config: dict[str, Payload]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
-from ray_det.cluster import Room, require_room, scaling, set_limits, start_ray
+from ray_det.cluster import Room, place_beside, require_room, scaling, set_limits, start_ray
 from ray_det.config import TrainJobConfig
 from ray_det.data.headers import HeaderChunk
 from ray_det.report.progress import ProgressPrinter
@@ -55,8 +55,8 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
         if done is not None:
             say(f"run {config.name} is finished: {job.run.uri}")
             return done
-        start_ray(job.config.workers)
-        room = require_room(job.config.workers)
+        start_ray(job.config.workers, job.config.validators)
+        room = require_room(job.config.workers, job.config.validators)
         from ray_det.data.pipeline import Loaders  # Ray Data, which is being imported beside
 
         Loaders(room.loader_cpus).warm_up()
@@ -68,17 +68,20 @@ def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: l
     """The preflight's parallel map: on the cluster where there is much to read."""
     from ray_det.data.pipeline import map_chunks
 
-    return map_chunks(function, chunks, connect=partial(start_ray, config.workers))
+    return map_chunks(function, chunks, connect=partial(start_ray, config.workers, config.validators))
 
 
 def _fit(job: Job, room: Room) -> None:
     """Fit to the end: anew, from the last checkpoint, after every node that the cluster announced to take away."""
     error: Exception | None = None
+    workers = job.config.workers
     manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
-    for _ in range(job.config.workers.max_preemption_failures + 1):
+    place = place_beside(workers, room) if job.config.validators else None
+    for _ in range(workers.max_preemption_failures + 1):
         board = start_board()
+        payload = Payload(job.config, job.run_id, job.run, job.started_at, room, board, manifests, place)
         with _signals() as asked, TemporaryDirectory(prefix="ray_det_") as scratch:
-            error = _follow(_trainer(job, room, board, manifests, scratch), board, asked)
+            error = _follow(_trainer(payload, scratch), board, asked)
         ending: Exception | None = cast(Any, ray.get(board.ending.remote()))
         if ending and not isinstance(ending, Preempted):
             raise ending
@@ -87,29 +90,28 @@ def _fit(job: Job, room: Room) -> None:
         if not ending:
             break
     else:
-        raise TrainingError(f"more than {job.config.workers.max_preemption_failures} nodes were taken away")
+        raise TrainingError(f"more than {workers.max_preemption_failures} nodes were taken away")
     if error:
         raise error
 
 
-def _trainer(job: Job, room: Room, board: Any, manifests: dict[str, Any], scratch: str) -> TorchTrainer:
+def _trainer(payload: Payload, scratch: str) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from ray_det.train.restarts import Restarts
 
-    config, workers = job.config, job.config.workers
+    room, workers = payload.room, payload.config.workers
     set_limits(workers)
-    payload = Payload(config, job.run_id, job.run, job.started_at, room, board, manifests)
     return _lean(TorchTrainer)(
         train_worker,
         train_loop_config={"payload": payload},
         torch_config=TorchConfig(backend="nccl" if room.gpu else "gloo"),
         scaling_config=scaling(workers, room),
         run_config=RunConfig(
-            name=config.name,
+            name=payload.config.name,
             storage_path=scratch,  # checkpoints are kept by ray_det.train.store
-            callbacks=[Restarts(board)],
+            callbacks=[Restarts(payload.board)],
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
                 max_preemption_failures=workers.max_preemption_failures,

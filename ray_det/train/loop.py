@@ -21,15 +21,15 @@ from torch.profiler import record_function
 
 from ray_det.data.collate import Shard
 from ray_det.data.plan import EpochPlan
-from ray_det.train.evaluation import evaluate_split
 from ray_det.train.finish import finish
 from ray_det.train.job import Job
 from ray_det.train.optim import set_learning_rate
 from ray_det.train.profile import trace
-from ray_det.train.records import announce, epoch_line, log_step, notify
+from ray_det.train.records import announce, log_step
 from ray_det.train.session import Runtime, Session, open_session
 from ray_det.train.skipped import note_in_training, skipped_in
 from ray_det.train.step import StepResult, train_step
+from ray_det.train.validation import collect, end_epoch, validate_in_background
 from ray_det.types import MicroBatch, Preempted, Stopped, TrainingError
 
 
@@ -62,10 +62,11 @@ def run(job: Job, runtime: Runtime) -> None:
 def _run(session: Session) -> None:
     exit_code = 1
     try:
+        validate_in_background(session)  # what the checkpoint had not seen the end of
         while session.state.epoch < session.config.train.epochs:
             if session.state.phase == "train":
                 _train_epoch(session)
-            _end_epoch(session)
+            end_epoch(session)
         if session.state.phase != "test":
             session.save(phase="test", wait=True)  # all ranks read the best
         finish(session)
@@ -102,6 +103,9 @@ def train_steps(session: Session, plan: EpochPlan) -> None:
     mark = time.perf_counter()
     with _profiled(session, plan.steps - session.state.step) as stepped:
         for step in range(session.state.step, plan.steps):
+            if step + 1 == plan.steps:
+                collect(session)
+                mark = time.perf_counter()
             session.at("data")
             with record_function("data wait"):
                 micro = [next(batches) for _ in own]
@@ -193,33 +197,3 @@ def _advance(session: Session, plan: EpochPlan, step: int, result: StepResult) -
             session.runtime.notify({"message": f"{what}: back to the last checkpoint, with {factor:g} x the lr"})
         raise RollBack
     raise TrainingError(f"{what}, whose images are {ids}; all are listed in {session.job.run.uri}/nonfinite.jsonl")
-
-
-def _end_epoch(session: Session) -> None:
-    """Validate, log the epoch, keep the weights if they are the best, and go to the next epoch."""
-    state, config = session.state, session.config
-    epochs, done = config.train.epochs, state.epoch + 1
-    record: dict[str, float] = {
-        "train/epoch": state.epoch,
-        "train/epoch_avg_loss": state.loss_sum / max(state.loss_count, 1),
-        "learning_rate": session.learning_rate(state.global_step // done),
-    }
-    if session.profile:
-        record |= {f"profile/{name}": value for name, value in session.profile.items()}
-        session.profile.clear()
-    ap = None
-    if "val" in session.job.manifests and (done % config.eval.every_epochs == 0 or done == epochs):
-        notify(session, "validating")
-        metrics = evaluate_split(session, "val", pictures=config.eval.pictures)
-        ap = metrics["AP"]
-        record |= {f"val/{name}": value for name, value in metrics.items()}
-    if session.tracker:
-        session.tracker.log_epoch(state.global_step, record)
-    better = ap is not None and (state.best_ap is None or ap > state.best_ap)
-    if better:
-        session.state = state = replace(state, best_ap=ap, best_step=state.global_step)
-    if better or ("val" not in session.job.manifests and done == epochs):
-        session.save_best()
-    if session.runtime.is_main:
-        session.runtime.notify({"message": epoch_line(record, done, epochs, better)})
-    session.state = state.next_epoch()

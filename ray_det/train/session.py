@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,12 +32,15 @@ from ray_det.train.checkpoint import LAST_FILE, Checkpoint, TrainState
 from ray_det.train.ema import Ema
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer, learning_rate
-from ray_det.train.snapshot import HostMemory, Snapshot
+from ray_det.train.snapshot import HostMemory, Snapshot, write_evaluated
 from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
 from ray_det.train.store import name_of
 from ray_det.train.tensors import NormStatistics
 from ray_det.train.writer import Writer
 from ray_det.types import MicroBatch
+
+if TYPE_CHECKING:
+    from ray_det.train.evaluation import Evaluated
 
 BEST = "best"
 """Folder of a run that holds the checkpoint with the best val/AP, without optimizer state."""
@@ -60,6 +64,9 @@ class Runtime:
     preempted: Callable[[], bool]  # whether a rank's node is about to be taken away; all ranks call it
     at: Callable[[str, int], None]  # what this rank does next, and the global step: for a watch
     folder: Path  # local; on rank 0 it holds metrics.jsonl, the report and staged checkpoints
+    kept: Callable[[str], AbstractContextManager[Path]]  # local folder of a checkpoint that was committed
+    validate: Callable[[str], Future[Evaluated | None]] | None = None
+    """Evaluates a committed checkpoint on val, elsewhere; None: the checkpoint is broken."""
 
     @property
     def is_main(self) -> bool:
@@ -94,6 +101,7 @@ class Session:
     writer: Writer = field(default_factory=Writer)  # rank 0's has work
     memory: HostMemory = field(default_factory=HostMemory)  # for what is being written
     saves: int = 0  # checkpoints that it kept
+    validation: Future[Evaluated | None] | None = None  # rank 0's, of `state.validating`
     profile: dict[str, float] | None = None  # milliseconds per step by phase, until logged; None: not yet profiled
 
     @property
@@ -165,6 +173,21 @@ class Session:
         """Put what was evaluated in the run folder's `best`; rank 0 does it, all ranks call it."""
         self._keep(BEST, self.evaluated, lambda staged: self.job.run.replace(staged, BEST, last=LAST_FILE))
 
+    def promote(self, name: str) -> None:
+        """Put what of a checkpoint is evaluated in the run folder's `best`, without waiting; rank 0 does it."""
+        if not self.runtime.is_main:
+            return
+        state, staged = self.state, self.runtime.folder / "staging" / BEST
+
+        def write() -> None:
+            with self.runtime.kept(name) as folder:
+                checkpoint = Checkpoint.open(folder)
+                best = replace(checkpoint.state, best_ap=state.best_ap, best_step=state.best_step)
+                self._stage(lambda: write_evaluated(checkpoint, best, staged), staged)
+            self.job.run.replace(staged, BEST, last=LAST_FILE)
+
+        self.writer.then(write)
+
     def settle(self) -> None:
         """Until all checkpoints are kept; all ranks call it, and none returns before."""
         self.at("checkpoint")
@@ -192,16 +215,16 @@ class Session:
         staged = self.runtime.folder / "staging" / name
 
         def write() -> None:
-            self._stage(snapshot, staged)
+            self._stage(lambda: snapshot.write(staged), staged)
             commit(staged)
 
         self.writer.submit(write)
         if not in_background:
             self.writer.wait()
 
-    def _stage(self, snapshot: Snapshot, folder: Path) -> None:
+    def _stage(self, write: Callable[[], None], folder: Path) -> None:
         try:
-            patiently(lambda: snapshot.write(folder), patience_s=self.job.run.patience_s)
+            patiently(write, patience_s=self.job.run.patience_s)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise StorageError(f"cannot write {folder}: {reason(error)}") from error

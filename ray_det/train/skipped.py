@@ -37,7 +37,7 @@ def note_in_training(session: Session, mine: list[Skipped]) -> None:
     Raises:
         TrainingError: it is too much of all images so far, or of one epoch's where these are more.
     """
-    found = _note(session, "train", mine)
+    found = _note(session, "train", mine, session.state.global_step)
     count = session.state.skipped_images + len(found)
     session.state = replace(session.state, skipped_images=count)
     seen = session.state.global_step * session.config.train.global_batch_size
@@ -45,17 +45,17 @@ def note_in_training(session: Session, mine: list[Skipped]) -> None:
     _require_few(session, "training", count, max(seen, epoch), found)
 
 
-def note_in_evaluation(session: Session, split: str, mine: list[Skipped]) -> None:
-    """List what any rank skipped in an evaluation; all ranks call it.
+def note_in_evaluation(session: Session, split: str, mine: list[Skipped], global_step: int) -> None:
+    """List what any rank skipped in the evaluation of the weights of a step; all ranks call it.
 
     Raises:
         TrainingError: it is too much of the split: its metrics would say little.
     """
-    found = _note(session, split, mine)
+    found = _note(session, split, mine, global_step)
     _require_few(session, split, len(found), len(readable_rows(session.job.manifests[split])), found)
 
 
-def _note(session: Session, split: str, mine: list[Skipped]) -> list[Skipped]:
+def _note(session: Session, split: str, mine: list[Skipped], global_step: int) -> list[Skipped]:
     """What all ranks skipped, on all ranks. Rank 0 lists it, once also where a step is done again after a restart."""
     group = session.runtime.group
     found = sorted(from_main(gather_lists(mine, group), group) or [])
@@ -65,12 +65,11 @@ def _note(session: Session, split: str, mine: list[Skipped]) -> list[Skipped]:
     file = MetricsFile(path, sys.maxsize)  # every whole line stays
     known = list(read_records(path))
     told = {(record["split"], record["image_id"]) for record in known}
-    step = session.state.global_step
     for image_id, why in found:
         name = table["uri"][pc.index(table["image_id"], image_id).as_py()].as_py()
         record = {"split": split, "file": name, "image_id": image_id, "reason": why}
-        if {"global_step": step} | record not in known:
-            file.append(step, record)
+        if {"global_step": global_step} | record not in known:
+            file.append(global_step, record)
         if (split, image_id) not in told:
             session.runtime.notify({"message": f"{why}; a blank image takes its place in {split}"})
     file.close()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ray_det.models.detector import Detector
-from ray_det.train.checkpoint import AVERAGE, FORMAT, LAST_FILE, MODEL, OPTIMIZER, TrainState, sha256
+from ray_det.train.checkpoint import AVERAGE, FORMAT, LAST_FILE, MODEL, OPTIMIZER, Checkpoint, TrainState, sha256
 from ray_det.train.job import RunFacts
 
 
@@ -83,6 +83,21 @@ class Snapshot:
             "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
         }
         (folder / LAST_FILE).write_text(json.dumps(content, indent=1))
+
+
+def write_evaluated(checkpoint: Checkpoint, state: TrainState, folder: Path) -> None:
+    """Write, in place of the folder, what of a checkpoint is evaluated.
+
+    Raises:
+        OSError: the disk is full, or broken.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    sums = checkpoint.content["sha256"]
+    name = AVERAGE if AVERAGE in sums else MODEL
+    shutil.copyfile(checkpoint.folder / name, folder / MODEL)
+    content = checkpoint.content | {"state": asdict(state), "sha256": {MODEL: sums[name]}}
+    (folder / LAST_FILE).write_text(json.dumps(content, indent=1))
 
 
 def _each_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,8 +29,11 @@ def name_of(global_step: int, phase: str) -> str:
     return f"checkpoint_{global_step:08d}_{phase}"
 
 
-def keep(run: Folder, staged: Path, name: str) -> None:
+def keep(run: Folder, staged: Path, name: str, *, validating: bool = False) -> None:
     """Move a staged checkpoint into the run folder, and delete all but the newest whole ones.
+
+    Args:
+        validating: the one at whose validation, in the background, the oldest of them may stand, is kept too.
 
     Raises:
         StorageError: the storage stayed out of reach, or full.
@@ -38,10 +41,12 @@ def keep(run: Folder, staged: Path, name: str) -> None:
     run.replace(staged, name, last=LAST_FILE)
     whole = 0
     for known in _names(run):
-        if whole == KEPT:
+        if whole < KEPT:
+            whole += _usable(run, known)
+        elif validating and known.endswith("_validate") and _usable(run, known):
+            validating = False
+        else:
             (run / known).delete()
-        elif _usable(run, known):
-            whole += 1
 
 
 @contextmanager
@@ -60,7 +65,7 @@ def newest(run: Folder, before: int | None = None, *, mark: bool = True) -> Iter
     for name in _names(run):
         if not _usable(run, name):
             continue
-        with _local(run, name) as folder:
+        with local_copy(run, name) as folder:
             try:
                 checkpoint = Checkpoint.open(folder)
                 if before is not None and checkpoint.state.global_step >= before:
@@ -84,7 +89,7 @@ def _usable(run: Folder, name: str) -> bool:
 
 
 @contextmanager
-def _local(run: Folder, name: str) -> Iterator[Path]:
+def local_copy(run: Folder, name: str) -> Iterator[Path]:
     """A folder of the run on the local disk."""
     if run.local:
         yield run.local / name

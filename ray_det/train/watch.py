@@ -25,12 +25,13 @@ class Watch:
     """Knows what a rank does, since when.
 
     Args:
+        who: in its reports: "rank 0".
         timeout_s: seconds in one phase after which the rank is taken to hang.
         tell: called with the report, from a thread of the watch, before the process ends.
     """
 
-    def __init__(self, rank: int, timeout_s: float, tell: Callable[[str], None]) -> None:
-        self._rank, self._timeout_s, self._tell = rank, timeout_s, tell
+    def __init__(self, who: str, timeout_s: float, tell: Callable[[str], None]) -> None:
+        self._who, self._timeout_s, self._tell = who, timeout_s, tell
         self._phase, self._step, self._since = IDLE, 0, 0.0
         self._thread_id = threading.get_ident()
 
@@ -74,4 +75,4 @@ class Watch:
         frame = sys._current_frames().get(self._thread_id)
         last = traceback.extract_stack(frame)[-1] if frame else None
         where = f", in {last.name} ({os.path.basename(last.filename)}:{last.lineno})" if last else ""
-        return f"rank {self._rank} at step {self._step} is in '{self._phase}' for {spent_s:.0f} s{where}"
+        return f"{self._who} at step {self._step} is in '{self._phase}' for {spent_s:.0f} s{where}"

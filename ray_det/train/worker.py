@@ -28,6 +28,7 @@ from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.job import Job, Payload
 from ray_det.train.session import Runtime
 from ray_det.train.step import Asked
+from ray_det.train.validator import Validations
 from ray_det.train.watch import Watch
 from ray_det.types import Preempted, Stopped, TrainingError, UserError
 
@@ -66,7 +67,7 @@ def _train(payload: Payload) -> None:
     context = ray.train.get_context()
     rank, world, run = context.get_world_rank(), context.get_world_size(), payload.run
     line = _Line(payload.board, look=rank == 0 and payload.room.several_nodes)
-    watch = Watch(rank, payload.config.workers.stall_timeout_s, line.tell)
+    watch = Watch(f"rank {rank}", payload.config.workers.stall_timeout_s, line.tell)
     # The next start on this node finds it, and does not leave another one.
     temporary = Path(tempfile.gettempdir(), f"ray_det_{payload.run_id}_{rank}")
     manifests = {split: ray.get(reference) for split, reference in payload.manifests.items()}
@@ -87,12 +88,14 @@ def _train(payload: Payload) -> None:
             threads=payload.room.threads,
             stream=loaders.stream,
             newest=partial(_newest, run, rank, group),
-            commit=partial(_commit, run=run, folder=folder),
+            commit=partial(_commit, run=run, folder=folder, validating=payload.config.eval.background),
             notify=line.post,
             asked=line.asked,
             preempted=lambda: ray.train.get_preemption_info() is not None,
             at=watch.at,
             folder=folder,
+            kept=partial(store.local_copy, run),
+            validate=Validations(payload, payload.place).start if payload.place else None,
         )
         job = Job(payload.config, manifests, payload.run_id, run, payload.started_at)
         loop.run(job, runtime)
@@ -154,13 +157,13 @@ def _host_group(world: int) -> dist.ProcessGroup | None:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None
 
 
-def _commit(staged: Path, name: str, *, run: Folder, folder: Path) -> None:
+def _commit(staged: Path, name: str, *, run: Folder, folder: Path, validating: bool) -> None:
     """Keep the checkpoint in the run folder; the log goes first, a checkpoint knows how much of it is its own."""
     if not run.local:
         for name_of_log in LOGS:
             if (folder / name_of_log).exists():
                 run.upload(folder / name_of_log, name_of_log)
-    store.keep(run, staged, name)
+    store.keep(run, staged, name, validating=validating)
 
 
 def _require_shared(run: Folder, run_id: str) -> None:

@@ -21,6 +21,17 @@ class Writer:
         self.wait()
         self._pending = self._pool.submit(work)
 
+    def then(self, work: Callable[[], None]) -> None:
+        """Begin it, which holds little memory, once that is done which is being done; does not wait."""
+        before = self._pending
+
+        def both() -> None:
+            if before is not None:
+                before.result()  # what it raised is not lost
+            work()
+
+        self._pending = self._pool.submit(both)
+
     def check(self) -> None:
         """Raises what a piece of work raised that has ended by now."""
         if self._pending is not None and self._pending.done():

@@ -11,7 +11,8 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from ray_det.data.collate import Shard, load
 from ray_det.data.headers import map_in_threads
 from ray_det.train import loop
 from ray_det.train.checkpoint import Checkpoint
+from ray_det.train.evaluation import Evaluated, evaluate_checkpoint
+from ray_det.train.job import Job
 from ray_det.train.session import Runtime
 from ray_det.train.start import begin
 from ray_det.train.step import Asked
@@ -57,6 +60,8 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
         preempted=lambda: False,
         at=lambda phase, step: None,
         folder=folder,
+        kept=lambda name: nullcontext(_kept(folder, spec, name)),
+        validate=partial(_validate, folder, spec, job) if config.eval.background else None,
     )
     with frozen_norms(spec.get("frozen_norms", False)):
         loop.run(job, runtime)
@@ -78,9 +83,29 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 
 
+def by_step(known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records in the order of their steps, whenever they were logged."""
+    kinds = ("train/batch_loss", "train/epoch_avg_loss", "test/AP")
+    return sorted(known, key=lambda record: (record["global_step"], [kind in record for kind in kinds].index(True)))
+
+
 def _stream(work: Shard):
     for i in range(len(work.assignment)):
         yield from load(work, i, i + 1)
+
+
+def _kept(folder: Path, spec: dict[str, Any], name: str) -> Path:
+    """A checkpoint of this run, or of the one that it goes on with."""
+    own = folder / "kept" / name
+    return own if own.exists() else Path(spec["checkpoint"]).with_name(name)
+
+
+def _validate(folder: Path, spec: dict[str, Any], job: Job, name: str) -> Future[Evaluated | None]:
+    """At once, in this process."""
+    future = Future[Evaluated | None]()
+    cpu, checkpoint = torch.device("cpu"), _kept(folder, spec, name)
+    future.set_result(evaluate_checkpoint(checkpoint, job.config, job.manifests["val"], _stream, cpu))
+    return future
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import generate_small_coco
 from tests.models.zoo import DETRS, FAMILIES, batch, build, spread_scores
-from tests.train.runner import records, run_alone, run_world
+from tests.train.runner import by_step, records, run_alone, run_world
 
 STEPS = 3  # per epoch: 16 images in global batches of 6
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -62,15 +62,16 @@ def same_checkpoint(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "optim", "frozen"),
-    [("fcos", AVERAGED, ["backbone.body.conv1"]), ("d_fine", {"backbone_lr_factor": 0.1}, [])],
+    ("family", "optim", "frozen", "background"),
+    [("fcos", AVERAGED, ["backbone.body.conv1"], True), ("d_fine", {"backbone_lr_factor": 0.1}, [], False)],
 )
-def test_resumed_anywhere_is_never_stopped(family, optim, frozen, small_coco, tmp_path):
+def test_resumed_anywhere_is_never_stopped(family, optim, frozen, background, small_coco, tmp_path):
     """Bit-equal weights, optimizer, metrics and best checkpoint: from mid-epoch, before validation, before the test."""
 
     def asked(storage: Path) -> dict[str, Any]:
         one = with_optim(spec(small_coco, storage, family, epochs=2), optim)
         one["config"]["model"]["freeze"] = frozen
+        one["config"]["eval"]["background"] = background
         return one
 
     whole = run_alone(asked(tmp_path / "whole"))
@@ -91,6 +92,23 @@ def test_resumed_anywhere_is_never_stopped(family, optim, frozen, small_coco, tm
         same_checkpoint(whole / "best", again / "best")
         last = f"checkpoint_{2 * STEPS:08d}_test"
         same_checkpoint(whole / "kept" / last, (again if (again / "kept" / last).exists() else whole) / "kept" / last)
+
+
+def test_validating_in_the_background_changes_no_number(small_coco, tmp_path):
+    """Every record, and the best checkpoint, which here is the first epoch's and the second's."""
+    runs = []
+    for background in (False, True):
+        asked = with_optim(spec(small_coco, tmp_path / str(background), "fcos", epochs=3, lr=5e-3), AVERAGED)
+        asked["config"]["eval"] |= {"background": background, "pictures": 2}
+        runs.append(run_alone(asked))
+    assert [r["global_step"] for r in records(runs[1]) if "val/AP" in r] == [3, 6, 9]
+    assert records(runs[0]) != records(runs[1])  # those of validations come later
+    assert by_step(records(runs[0])) == by_step(records(runs[1]))
+    same_checkpoint(runs[0] / "best", runs[1] / "best")
+    states = [json.loads((run / "best" / "state.json").read_text()) for run in runs]
+    assert states[0]["state"] | {"log_lines": 0} == states[1]["state"] | {"log_lines": 0}
+    drawn = [sorted(path.name for path in (run / "pictures").iterdir()) for run in runs]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 2
 
 
 def settled(small_coco: dict[str, Path], storage: Path, family: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 from tests.jobs.run import JOBS, run_job
 from tests.ranks import ROOT
 from tests.train.disturb import EPOCHS, STEPS, config, newest, require_same, steps_done, when_at, write
-from tests.train.runner import run_alone
+from tests.train.runner import by_step, run_alone
 
 pytestmark = pytest.mark.ray
 
@@ -64,13 +64,15 @@ def test_a_killed_train_worker_changes_nothing(small_coco, undisturbed, tmp_path
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_loader_changes_nothing(small_coco, undisturbed, tmp_path):
-    file = write(config(small_coco, tmp_path / "runs"))
-    run = tmp_path / "runs" / "run"
-    with when_at(run, STEPS, lambda: kill("ReadRange")) as killed:
-        assert run_job("train", "--config", file) == 0
-    assert killed == ["ReadRange"]
-    require_same(run, undisturbed)
+def test_a_killed_loader_and_a_killed_validation_in_the_background_change_nothing(small_coco, undisturbed, tmp_path):
+    asked = config(small_coco, tmp_path / "runs")
+    asked["eval"]["background"] = True
+    file, run = write(asked), tmp_path / "runs" / "run"
+    with when_at(run, STEPS, lambda: kill("ReadRange")) as loader:
+        with when_at(run, 2 * STEPS + 1, lambda: kill("Validator")) as validator:
+            assert run_job("train", "--config", file) == 0
+    assert (loader, validator) == (["ReadRange"], ["Validator"])
+    require_same(run, undisturbed, by_step)
 
 
 def command(file: Path) -> list[str]:

@@ -26,7 +26,7 @@ watch.NOTICE_S = 0.5
 def tell(text):
     print(text, flush=True)
     {after}
-seen = watch.Watch(3, timeout_s=1.5, tell=tell)
+seen = watch.Watch('rank 3', timeout_s=1.5, tell=tell)
 with seen.watching():
     seen.at("data", 7)
     for _ in range(10):  # slow, and alive
