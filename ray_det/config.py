@@ -95,6 +95,12 @@ class TrainConfig(Section):
     async_checkpoints: bool = Field(
         default=True, description="go on training while a copy of weights and optimizer is written"
     )
+    compile: bool = Field(
+        default=False, description="torch.compile the network: minutes at the start, then faster; costs exact resume"
+    )
+    sync_batch_norm: bool = Field(
+        default=False, description="batch norms take their statistics over all workers; on GPUs only"
+    )
     max_nonfinite_steps: PositiveInt = Field(
         default=5, description="steps in a row with a non-finite loss or gradient before the run fails"
     )

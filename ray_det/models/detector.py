@@ -80,6 +80,11 @@ class Detector(nn.Module):
     def backbone(self) -> nn.Module | None:
         """The part that is a classifier's, without pyramid or encoder; None: there is no such part."""
 
+    @property
+    @abstractmethod
+    def networks(self) -> list[nn.Module]:
+        """The parts that take tensors to tensors, and most of the time: what `torch.compile` is for."""
+
     def normalise(self, batch: Batch) -> Tensor:
         """float32 (B, 3, H, W): the model's input. Padded pixels hold exactly `pad` under the normalisation."""
         mean, std, pad = self.get_buffer("_mean"), self.get_buffer("_std"), self.get_buffer("_pad")

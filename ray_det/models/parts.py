@@ -1,4 +1,4 @@
-"""Parts of a detector that are trained differently from the rest: its backbone, and what is frozen."""
+"""What training changes about a detector's parts: what is frozen, compiled, or normalised over all ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 from torch import nn
 
 from ray_det.models.detector import Detector
-from ray_det.models.torchvision_backbones import freeze_batchnorm
+from ray_det.models.torchvision_backbones import FrozenBatchNorm, freeze_batchnorm
 from ray_det.types import UserError
 
 BACKBONE = "backbone"
@@ -19,6 +19,20 @@ def backbone_of(detector: Detector, option: str) -> nn.Module:
         kind = type(detector.get_submodule("net")).__name__
         raise UserError(f"{option}: {kind} has no backbone apart from the rest of the model")
     return detector.backbone
+
+
+def compile_networks(detector: Detector) -> None:
+    """`torch.compile` in place: the names of weights stay. Its first calls take a minute and more."""
+    for module in detector.networks:
+        module.compile()
+
+
+def sync_batch_norms(detector: Detector) -> None:
+    """Make every batch norm that is not frozen one over all ranks (arXiv:1803.08904)."""
+    for parent in list(detector.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d) and not isinstance(child, FrozenBatchNorm):
+                setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
 
 
 def freeze(detector: Detector, names: tuple[str, ...]) -> None:

@@ -62,6 +62,10 @@ class DenseDetector(Detector):
     def backbone(self) -> nn.Module:
         return self.net.backbone.get_submodule("body")
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.net.backbone, self.net.head]
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         return self.criterion(batch, self.outputs(batch))
 
@@ -131,6 +135,10 @@ class TwoStageDetector(Detector):
     @property
     def backbone(self) -> nn.Module:
         return self.net.backbone.get_submodule("body")
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.net.backbone, self.rpn.head, self.roi_heads.box_head, self.roi_heads.box_predictor]
 
     @property
     def rpn(self) -> RegionProposalNetwork:

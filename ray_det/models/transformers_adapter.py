@@ -82,6 +82,11 @@ class TransformersDetector(Detector):
     def backbone(self) -> nn.Module | None:
         return next((m for m in self.net.modules() if is_backbone(m)), None)
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        parts = self.net.base_model.named_children()
+        return [module for name, module in parts if name in ("backbone", "encoder", "decoder")]
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         return self.losses(batch, self.outputs(batch, self.labels(batch)))
 

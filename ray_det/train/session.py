@@ -24,7 +24,7 @@ from ray_det.data.collate import LoadSpec, Shard
 from ray_det.data.plan import EpochPlan, plan_epoch
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
-from ray_det.models.parts import freeze
+from ray_det.models.parts import compile_networks, freeze, sync_batch_norms
 from ray_det.report.tracker import Tracker
 from ray_det.retry import patiently, reason
 from ray_det.storage import StorageError
@@ -37,7 +37,7 @@ from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
 from ray_det.train.store import name_of
 from ray_det.train.tensors import NormStatistics
 from ray_det.train.writer import Writer
-from ray_det.types import MicroBatch
+from ray_det.types import MicroBatch, UserError
 
 if TYPE_CHECKING:
     from ray_det.train.evaluation import Evaluated
@@ -257,7 +257,13 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
     if checkpoint:
         checkpoint.load_model(detector)
     freeze(detector, config.model.freeze)
+    if config.train.sync_batch_norm and runtime.device.type != "cuda":
+        raise UserError("train.sync_batch_norm needs GPUs")
+    if config.train.sync_batch_norm and runtime.group:
+        sync_batch_norms(detector)
     detector.to(runtime.device).train()
+    if config.train.compile:
+        compile_networks(detector)
     state = checkpoint.state if checkpoint else TrainState()
     optimizer = build_optimizer(config.optim, detector)
     ema = _average(config.optim, detector, state)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from ray_det.config import ModelConfig, OptimConfig
 from ray_det.models.build import build_detector
-from ray_det.models.parts import backbone_of, freeze
+from ray_det.models.parts import backbone_of, compile_networks, freeze, sync_batch_norms
+from ray_det.models.torchvision_backbones import FrozenBatchNorm
 from ray_det.train.optim import build_optimizer, set_learning_rate
 from ray_det.train.step import train_step
 from ray_det.types import UserError
@@ -81,3 +83,41 @@ def test_wrong_names_and_models_without_a_backbone_are_named():
     yolos, _ = build_detector(config, CLASSES)
     with pytest.raises(UserError, match="optim.backbone_lr_factor: YolosForObjectDetection has no backbone"):
         build_optimizer(OptimConfig(backbone_lr_factor=0.1), yolos)
+
+
+@pytest.mark.parametrize("family", ["fcos", "d_fine"])
+def test_norms_over_all_ranks_are_those_that_are_not_frozen(family):
+    detector = build(family)
+    freeze(detector, ("backbone",))
+    names = set(detector.state_dict())
+    kinds = {name: type(module) for name, module in detector.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert FrozenBatchNorm in kinds.values() and (family == "fcos" or nn.BatchNorm2d in kinds.values())
+    sync_batch_norms(detector)
+    for name, kind in kinds.items():
+        assert type(detector.get_submodule(name)) is (FrozenBatchNorm if kind is FrozenBatchNorm else nn.SyncBatchNorm)
+    assert set(detector.state_dict()) == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_networks_give_the_same_losses_gradients_and_boxes(family):
+    """With one and with three pictures; and most of the weights are in what is compiled."""
+    eager, compiled = build(family).train(), build(family).train()
+    inside = {id(p) for module in compiled.networks for p in module.parameters()}
+    count = sum(p.numel() for p in compiled.parameters())
+    assert sum(p.numel() for p in compiled.parameters() if id(p) in inside) > 0.8 * count
+    names = set(compiled.state_dict())
+    compile_networks(compiled)
+    assert set(compiled.state_dict()) == names
+    for images in (1, 3):
+        found = []
+        for detector in (eager, compiled):
+            detector.zero_grad()
+            torch.manual_seed(0)
+            losses = detector.train()(batch(images))
+            losses["loss"].backward()
+            found.append({name: p.grad for name, p in detector.named_parameters() if p.grad is not None})
+            found[-1]["loss"] = losses["loss"]
+        assert found[0].keys() == found[1].keys()
+        for name, value in found[0].items():
+            assert torch.allclose(value, found[1][name], atol=1e-3 * float(value.abs().max()) + 1e-6), name
