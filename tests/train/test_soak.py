@@ -29,7 +29,7 @@ from tests.train.runner import run_world
 
 MINUTES = float(os.environ.get("RAY_DET_SOAK_MINUTES", "30"))
 PAUSE_S = 60.0
-STEPS_PER_MINUTE = 110  # undisturbed it does several times that
+STEPS_PER_MINUTE = 135  # undisturbed it does several times that
 EPOCH_STEPS = 110
 STEP_LINE = r"step \d+/\d+"
 FAULTS = ("worker", "node", "notice", "storage")
