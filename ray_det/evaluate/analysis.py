@@ -85,7 +85,8 @@ def analyse(manifest: Manifest, results: Results) -> Analysis:
     """
     image_ids = np.unique(manifest.table["image_id"].to_numpy())
     truth, found_N7 = hotcoco_scorer.read(annotations_of(manifest), results, image_ids)
-    truth, found_N7 = truth.take(~np.isnan(truth.boxes_M4).any(axis=1)), found_N7[~np.isnan(found_N7).any(axis=1)]
+    truth = truth.take(np.flatnonzero(~np.isnan(truth.boxes_M4).any(axis=1)))
+    found_N7 = found_N7[~np.isnan(found_N7).any(axis=1)]
     classes = len(manifest.classes)
     dataset = hotcoco_scorer.truth_of(truth, len(image_ids), classes)
     evaluation = _evaluation(dataset, found_N7)
@@ -158,9 +159,5 @@ def _worst(matches: _Matches, kept_N: np.ndarray, image_ids: np.ndarray, looked_
     f1 = 2 * right / np.maximum(found + objects, 1)
     candidates = np.flatnonzero((errors > 0) & np.isin(image_ids, looked_at_I))
     order = candidates[np.lexsort((-errors[candidates], f1[candidates]))][:WORST]
-    return [
-        ImageErrors(
-            int(image_ids[i]), float(f1[i]), int(right[i]), int(found[i] - right[i]), int(objects[i] - right[i])
-        )
-        for i in order
-    ]
+    columns = image_ids, f1, right, found - right, objects - right
+    return [ImageErrors(*values) for values in zip(*(column[order].tolist() for column in columns), strict=True)]

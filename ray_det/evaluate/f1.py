@@ -1,6 +1,6 @@
 """F1 against the score from which detections are kept, and where it is best.
 
-F1 = 2 TP / (detections + objects), van Rijsbergen's measure at equal weights: the harmonic mean of precision and recall.
+F1 = 2 TP / (detections + objects) is the harmonic mean of precision and recall.
 
 Shape legend: N detections, K classes, S score thresholds.
 """

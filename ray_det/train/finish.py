@@ -20,18 +20,28 @@ def finish(session: Session) -> None:
     """Test with the best weights, then write what is read after a run; all ranks call it."""
     with TemporaryDirectory() as temporary:
         best = _best(session, Path(temporary))
-    test: dict[str, float] = {}
-    if "test" in session.job.manifests:
-        if session.runtime.is_main:
-            session.runtime.notify({"phase": "testing"})
-        test = {f"test/{k}": v for k, v in evaluate_split(session, "test").items()}
-        if session.tracker:
-            session.tracker.log_test(session.state.global_step, test)
+    last = _last_evaluation(session)
     if session.runtime.is_main:
-        summary = _summary(session, best) | test
+        summary = _summary(session, best) | last
         (session.runtime.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         write_page(session.runtime.folder)
         shutil.rmtree(session.runtime.folder / "staging", ignore_errors=True)
+
+
+def _last_evaluation(session: Session) -> dict[str, float]:
+    """`test/*`, with its analysis. Without a test split val is analysed, whose other numbers the best epoch has."""
+    split = next((split for split in ("test", "val") if split in session.job.manifests), None)
+    if split is None:
+        return {}
+    if session.runtime.is_main:
+        session.runtime.notify({"phase": "testing"})
+    metrics = evaluate_split(session, split, analysed=True)
+    if split == "val":
+        return {f"val/{name}": value for name, value in metrics.items() if name.startswith("best_f1")}
+    test = {f"test/{name}": value for name, value in metrics.items()}
+    if session.tracker:
+        session.tracker.log_test(session.state.global_step, test)
+    return test
 
 
 def _best(session: Session, temporary: Path) -> Checkpoint:
