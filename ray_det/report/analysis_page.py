@@ -21,8 +21,9 @@ TOGETHER = 5  # classes that share one chart at most
 SMALL = 200  # small charts at most
 SMALL_WIDTH, SMALL_HEIGHT = 120, 80
 
-_KEYS = "".join(
-    f'<span class="key"><i class="{style}"></i>{name}</span>' for style, name in (("s0", "AP"), ("s1", "AR"))
+AP_AND_AR = (
+    '<span class="legend"><span class="key"><i class="s0"></i>AP</span>'
+    '<span class="key"><i class="s1"></i>AR</span></span>'
 )
 
 KINDS = {
@@ -144,7 +145,7 @@ def _sizes(analysis: Record, summary: Record) -> str:
         values = [summary.get(f"{analysis['split']}/{key}_{size.lower()}") for key in ("AP", "AR")]
         rows.append((size, meaning, *map(share, values)))
         widths.append([min(max(finite(value, 0.0), 0.0), 1.0) for value in values])
-    return _bars("By size of the objects", ["AP", "AR"], rows, widths, f'<span class="legend">{_KEYS}</span>')
+    return _bars("By size of the objects", ["AP", "AR"], rows, widths, AP_AND_AR)
 
 
 def _bars(
