@@ -106,12 +106,12 @@ def _best_macro(
     at = _peak(f1_N, scores_N)
     if at is None:
         return Best(0.0, 1.0, 0.0, 0.0)
-    kept = slice(at + 1)
-    found_K, right_K = (
-        np.bincount(labels_N[kept], weights, len(objects_K))[objects_K > 0] for weights in (None, hits_N[kept])
-    )
-    precision, recall = right_K / np.maximum(found_K, 1), right_K / objects_K[objects_K > 0]
-    return Best(float(f1_N[at]), float(scores_N[at]), float(precision.mean()), float(recall.mean()))
+    kept, there = slice(at + 1), objects_K > 0
+    found_K = np.bincount(labels_N[kept], minlength=len(objects_K))[there]
+    right_K = np.bincount(labels_N[kept], hits_N[kept], len(objects_K))[there]
+    f1_K = 2 * right_K / (found_K + objects_K[there])  # again: the running sum has its rounding
+    precision_K, recall_K = right_K / np.maximum(found_K, 1), right_K / objects_K[there]
+    return Best(float(f1_K.mean()), float(scores_N[at]), float(precision_K.mean()), float(recall_K.mean()))
 
 
 def _peak(f1_N: np.ndarray, scores_N: np.ndarray) -> int | None:
