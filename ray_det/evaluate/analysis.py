@@ -15,7 +15,7 @@ import numpy as np
 from hotcoco import COCO, COCOeval
 
 from ray_det.data.manifest import Manifest
-from ray_det.data.truth import annotations_of
+from ray_det.data.truth import Annotations, annotations_of
 from ray_det.evaluate import hotcoco_scorer
 from ray_det.evaluate.f1 import F1, f1_of
 from ray_det.evaluate.results import Results
@@ -58,16 +58,15 @@ class Analysis:
     worst: list[ImageErrors]
 
 
-class _Matches(NamedTuple):
-    """The detections that count, and the objects."""
+class _Counted(NamedTuple):
+    """What COCO counts, with columns of its own; images are positions among all."""
 
-    rows_N: np.ndarray  # of all detections
-    images_N: np.ndarray  # positions
+    found_N7: np.ndarray  # as `hotcoco_scorer.read` gives them
+    images_N: np.ndarray
     labels_N: np.ndarray
     scores_N: np.ndarray
-    hits_N: np.ndarray
-    object_images_M: np.ndarray
-    object_labels_M: np.ndarray
+    hits_N: np.ndarray  # bool: true positives
+    objects: Annotations
 
 
 def analyse(manifest: Manifest, results: Results) -> Analysis:
@@ -88,24 +87,25 @@ def analyse(manifest: Manifest, results: Results) -> Analysis:
     truth = truth.take(np.flatnonzero(~np.isnan(truth.boxes_M4).any(axis=1)))
     found_N7 = found_N7[~np.isnan(found_N7).any(axis=1)]
     classes = len(manifest.classes)
-    dataset = hotcoco_scorer.truth_of(truth, len(image_ids), classes)
-    evaluation = _evaluation(dataset, found_N7)
-    matches = _matches(evaluation, truth.image_ids_M, truth.labels_M, found_N7)
-    objects_K = np.bincount(matches.object_labels_M, minlength=classes)
-    f1 = f1_of(matches.scores_N, matches.labels_N, matches.hits_N, objects_K)
-    kept = matches.scores_N >= f1.macro.threshold
-    errors = evaluation.tide_errors(IOU, BACKGROUND_IOU)
-    counted: Any = evaluation.eval
-    precision_RK = counted["precision"][0, :, :, 0, 0]
+    evaluation = _evaluation(hotcoco_scorer.truth_of(truth, len(image_ids), classes), found_N7)
+    counted = _counted(evaluation, truth, found_N7)
+    objects_K = np.bincount(counted.objects.labels_M, minlength=classes)
+    f1 = f1_of(counted.scores_N, counted.labels_N, counted.hits_N, objects_K)
+    kept_N = counted.scores_N >= f1.macro.threshold
+    # hotcoco would take crowds for objects that a detection is near, and what lies in them for errors.
+    objects = hotcoco_scorer.truth_of(counted.objects, len(image_ids), classes)
+    errors = _evaluation(objects, counted.found_N7).tide_errors(IOU, BACKGROUND_IOU)
+    curves: Any = evaluation.eval
+    precision_RK = curves["precision"][0, :, :, 0, 0]
     return Analysis(
         images=len(results.image_ids_I),
         objects_K=objects_K,
         precision_RK=np.where(precision_RK < 0, np.nan, precision_RK),
         f1=f1,
-        confusion_KK=_confusion(dataset, found_N7[matches.rows_N[kept]]),
+        confusion_KK=_confusion(objects, counted.found_N7[kept_N]),
         error_counts={name: errors["counts"][key] for name, key in ERRORS.items()},
         error_dap={name: errors["delta_ap"][key] for name, key in ERRORS.items()},
-        worst=_worst(matches, kept, image_ids, results.image_ids_I),
+        worst=_worst(counted, kept_N, image_ids, results.image_ids_I),
     )
 
 
@@ -120,39 +120,31 @@ def _evaluation(dataset: COCO, found_N7: np.ndarray) -> COCOeval:
     return evaluation
 
 
-def _matches(
-    evaluation: COCOeval, object_images_M: np.ndarray, object_labels_M: np.ndarray, found_N7: np.ndarray
-) -> _Matches:
-    index = evaluation.image_diagnostics(IOU, score_thr=np.inf)  # inf: it looks for no errors of the labels
+def _counted(evaluation: COCOeval, truth: Annotations, found_N7: np.ndarray) -> _Counted:
+    status = evaluation.image_diagnostics(IOU, score_thr=np.inf)  # inf: it looks for no errors of the labels
     # hotcoco's ids count from 1; what does not count has no status.
     rows, hits, objects = (
-        np.sort(np.fromiter(index[key], np.int64)) - 1 for key in ("dt_status", "dt_match", "gt_status")
+        np.sort(np.fromiter(status[key], np.int64)) - 1 for key in ("dt_status", "dt_match", "gt_status")
     )
-    return _Matches(
-        rows,
-        found_N7[rows, 0].astype(np.int64),
-        found_N7[rows, -1].astype(np.int64),
-        found_N7[rows, -2],
-        np.isin(rows, hits),
-        object_images_M[objects],
-        object_labels_M[objects],
-    )
+    found_N7 = found_N7[rows]
+    images_N, labels_N = found_N7[:, [0, -1]].astype(np.int64).T
+    return _Counted(found_N7, images_N, labels_N, found_N7[:, -2], np.isin(rows, hits), truth.take(objects))
 
 
 def _confusion(dataset: COCO, found_N7: np.ndarray) -> np.ndarray:
     evaluation = COCOeval(dataset, dataset.load_res(found_N7), "bbox")
-    most = max(len(found_N7), 1)  # they are counted already
+    most = max(len(found_N7), 1)  # all: the 100 best are taken already
     return evaluation.confusion_matrix(iou_thr=IOU, max_det=most)["matrix"].astype(np.int64)
 
 
-def _worst(matches: _Matches, kept_N: np.ndarray, image_ids: np.ndarray, looked_at_I: np.ndarray) -> list[ImageErrors]:
+def _worst(counted: _Counted, kept_N: np.ndarray, image_ids: np.ndarray, looked_at_I: np.ndarray) -> list[ImageErrors]:
     """Images with errors, the lowest F1 first, and of those that share it the one with the most errors."""
     found, right, objects = (
         np.bincount(images, minlength=len(image_ids))
         for images in (
-            matches.images_N[kept_N],
-            matches.images_N[kept_N & matches.hits_N],
-            matches.object_images_M,
+            counted.images_N[kept_N],
+            counted.images_N[kept_N & counted.hits_N],
+            counted.objects.image_ids_M,
         )
     )
     errors = found + objects - 2 * right

@@ -22,26 +22,23 @@ def finish(session: Session) -> None:
         best = _best(session, Path(temporary))
     last = _last_evaluation(session)
     if session.runtime.is_main:
-        summary = _summary(session, best) | last
+        summary = last | _summary(session, best)
         (session.runtime.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         write_page(session.runtime.folder)
         shutil.rmtree(session.runtime.folder / "staging", ignore_errors=True)
 
 
 def _last_evaluation(session: Session) -> dict[str, float]:
-    """`test/*`, with its analysis. Without a test split val is analysed, whose other numbers the best epoch has."""
+    """Of test, or of val where there is no test: the numbers, with those of an analysis, and its files."""
     split = next((split for split in ("test", "val") if split in session.job.manifests), None)
     if split is None:
         return {}
     if session.runtime.is_main:
         session.runtime.notify({"phase": "testing"})
-    metrics = evaluate_split(session, split, analysed=True)
-    if split == "val":
-        return {f"val/{name}": value for name, value in metrics.items() if name.startswith("best_f1")}
-    test = {f"test/{name}": value for name, value in metrics.items()}
-    if session.tracker:
-        session.tracker.log_test(session.state.global_step, test)
-    return test
+    metrics = {f"{split}/{name}": value for name, value in evaluate_split(session, split, analysed=True).items()}
+    if session.tracker and split == "test":
+        session.tracker.log_test(session.state.global_step, metrics)
+    return metrics
 
 
 def _best(session: Session, temporary: Path) -> Checkpoint:

@@ -116,6 +116,13 @@ def test_a_crowd_takes_detections_of_its_class_and_is_no_object():
     expect(other, 1 - loss, [[2, 0, 0], [0, 1, 0], [1, 0, 0]], worst, background=loss)
 
 
+def test_half_in_a_crowd_is_background():
+    """A third of it lies in the crowd: an error, and the crowd is no object that it is near."""
+    analysis = analysed([*FOUND, (2, B, 85, 100, 22.5, 30, 0.95)], [CROWD])
+    worst = [(2, 2 / 3, 1, 1, 0)]
+    expect(analysis, 3 / 4, [[2, 0, 0], [0, 1, 0], [0, 1, 0]], worst, background=1 / 4)
+
+
 def test_below_the_best_score_nothing_is_confused_and_the_image_is_fine():
     analysis = analysed([*FOUND, (3, B, 9, 9, 50, 50, 0.1)])
     expect(analysis, 1, [[2, 0, 0], [0, 1, 0], [0, 0, 0]], [], background=0)

@@ -74,7 +74,8 @@ def test_what_is_undefined_is_null_and_cells_add_up(data, tmp_path):
 
 def test_an_image_that_cannot_be_decoded_has_no_picture(data, tmp_path, monkeypatch):
     manifest, found = data
-    spoil(found, 2), spoil(found, 4)
+    for i in (2, 4):
+        spoil(found, i)
     real = decode.decode_for
 
     def decode_for(content: bytes, name: str, *more):
