@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +30,9 @@ class EvalDataConfig(Section):
 class EvalJobConfig(Section):
     checkpoint: str = Field(description="run folder (its best checkpoint) or checkpoint, path or URI")
     data: EvalDataConfig
-    output: str = Field(description="folder or URI that gets summary.json, detections.json and detections.parquet")
+    output: str = Field(
+        description="folder or URI that gets summary.json, report.html, detections.json and detections.parquet"
+    )
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="images per forward pass; default: as in training"
     )
@@ -50,9 +53,11 @@ def selection(given: EvalDataConfig, trained: DatasetConfig) -> Selection:
 
 def main() -> None:
     config, _ = cli.parse(EvalJobConfig, sys.argv[1:], description=__doc__ or "")
+    from ray_det.evaluate.analysis_files import write_analysis
     from ray_det.evaluate.coco_eval import coco_metrics
     from ray_det.predict.launch import InferJob, infer_on_workers, read_results
     from ray_det.predict.predictor import open_checkpoint
+    from ray_det.report.analysis_page import write_evaluation_page
     from ray_det.report.progress import results_table
     from ray_det.storage import Folder
 
@@ -69,11 +74,17 @@ def main() -> None:
     for why in infer_on_workers(job, config.workers):
         print(f"skipped, its boxes count as missed: {why}")
     scorer = config.scorer or checkpoint.config.eval.scorer
-    metrics = coco_metrics(manifest, read_results(output, manifest), scorer)
-    summary = {f"val/{name}": value for name, value in metrics.items()}
-    output.write_text("summary.json", json.dumps(summary, indent=1))
+    results = read_results(output, manifest)
+    metrics = coco_metrics(manifest, results, scorer)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        metrics |= write_analysis(folder, "val", manifest, results, checkpoint.config.data)
+        summary = {f"val/{name}": value for name, value in metrics.items()}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_evaluation_page(folder, f"{config.checkpoint} on {config.data.val}")
+        output.upload(folder)
     print(results_table(summary))
-    print(f"{output.uri}/summary.json")
+    print(f"{output.uri}/summary.json, report.html")
 
 
 if __name__ == "__main__":

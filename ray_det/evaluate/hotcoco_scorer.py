@@ -31,13 +31,7 @@ def curves(annotations: Annotations, results: Results, image_ids: np.ndarray, cl
     Raises:
         ValueError: results of an image that is not there.
     """
-    image_ids = np.unique(image_ids)
-    if len(strange := np.setdiff1d(results.image_ids_I, image_ids)):
-        raise ValueError(f"detections of images that the data set has not: {strange[:3].tolist()}")
-    truth = _as_pycocotools_reads(annotations, image_ids)
-    found_N7 = np.column_stack(
-        [np.searchsorted(image_ids, results.image_of_N), results.boxes_N4, results.scores_N, results.labels_N]
-    ).astype(np.float64, copy=False)
+    truth, found_N7 = read(annotations, results, image_ids := np.unique(image_ids))
     odd_M = (truth.ids_M == 0) | np.isnan(truth.boxes_M4).any(axis=1)
     odd = np.union1d(truth.labels_M[odd_M], found_N7[np.isnan(found_N7).any(axis=1), _LABEL].astype(np.int64))
     rest = truth.take(~np.isin(truth.labels_M, odd)), found_N7[~np.isin(found_N7[:, _LABEL], odd)]
@@ -48,6 +42,19 @@ def curves(annotations: Annotations, results: Results, image_ids: np.ndarray, cl
         result.precision_TRKAD[:, :, label] = one.precision_TRKAD[:, :, 0]
         result.recall_TKAD[:, label] = one.recall_TKAD[:, 0]
     return result
+
+
+def read(annotations: Annotations, results: Results, image_ids: np.ndarray) -> tuple[Annotations, np.ndarray]:
+    """(truth, (N, 7) detections) with positions in `image_ids`, which ascend, for image ids.
+
+    Raises:
+        ValueError: results of an image that is not there.
+    """
+    if len(strange := np.setdiff1d(results.image_ids_I, image_ids)):
+        raise ValueError(f"detections of images that the data set has not: {strange[:3].tolist()}")
+    position_N = np.searchsorted(image_ids, results.image_of_N)
+    found_N7 = np.column_stack([position_N, results.boxes_N4, results.scores_N, results.labels_N])
+    return _as_pycocotools_reads(annotations, image_ids), found_N7.astype(np.float64, copy=False)
 
 
 def _as_pycocotools_reads(annotations: Annotations, image_ids: np.ndarray) -> Annotations:
@@ -64,8 +71,9 @@ def _as_pycocotools_reads(annotations: Annotations, image_ids: np.ndarray) -> An
     return read._replace(image_ids_M=position_M[rows_M], ids_M=np.arange(1, len(rows_M) + 1) * (read.ids_M != 0))
 
 
-def _by_hotcoco(truth: Annotations, found_N7: np.ndarray, images: int, classes: int) -> Curves:
-    dataset = COCO.from_arrays(
+def truth_of(truth: Annotations, images: int, classes: int) -> COCO:
+    """hotcoco's data set; annotations get the ids 1, 2, … in their order."""
+    return COCO.from_arrays(
         [{"id": i} for i in range(images)],
         [{"id": label, "name": str(label)} for label in range(classes)],
         truth.image_ids_M,
@@ -74,6 +82,10 @@ def _by_hotcoco(truth: Annotations, found_N7: np.ndarray, images: int, classes: 
         area=truth.area_M,
         iscrowd=truth.crowd_M,
     )
+
+
+def _by_hotcoco(truth: Annotations, found_N7: np.ndarray, images: int, classes: int) -> Curves:
+    dataset = truth_of(truth, images, classes)
     evaluation = COCOeval(dataset, dataset.load_res(found_N7), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()

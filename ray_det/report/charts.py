@@ -44,6 +44,7 @@ class Chart:
     y_line: tuple[float, str] | None = None  # a level to compare with
     x_line: tuple[float, str] | None = None
     whole_x: bool = True  # ticks at whole numbers only
+    y_to: float | None = None  # a value that the y axis reaches
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def number(value: float) -> str:
 def _axes(chart: Chart, lines: list[list[Point]]) -> tuple[Axis, Axis]:
     xs = [x for points in lines for x, _ in points]
     ys = [y for points in lines for _, y in points]
+    if chart.y_to is not None:
+        ys.append(chart.y_to)
     if chart.y_line and max(ys) * 20 > chart.y_line[0]:
         ys.append(chart.y_line[0])
     x_low, x_high = min(xs), max(xs)

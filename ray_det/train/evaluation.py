@@ -12,9 +12,11 @@ import torch
 
 from ray_det.config import TrainJobConfig, micro_batches
 from ray_det.data.manifest import Manifest
+from ray_det.evaluate.analysis_files import write_analysis
 from ray_det.evaluate.gather import from_main, gather_lists
 from ray_det.evaluate.inference import Inferred
 from ray_det.evaluate.results import Results
+from ray_det.evaluate.shown import picture_of
 from ray_det.evaluate.split import Stream, infer_split, readable_rows, score
 from ray_det.models.detector import Detector
 from ray_det.report.pictures import Picture
@@ -39,16 +41,18 @@ class Part:
 class Evaluated:
     """What all of them found together."""
 
+    results: Results
     metrics: dict[str, float]  # COCO's, and `loss`
     pictures: list[Picture]
     skipped: list[Skipped]
 
 
-def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[str, float]:
+def evaluate_split(session: Session, split: str, *, pictures: int = 0, analysed: bool = False) -> dict[str, float]:
     """COCO metrics and `loss` of a split, the same on every rank; all ranks call it.
 
     Args:
         pictures: images drawn with their boxes to the tracker.
+        analysed: also `best_f1` and its threshold, and the files of an analysis in rank 0's folder.
 
     Raises:
         TrainingError: more images could not be loaded than `data.max_skipped_share` allows.
@@ -71,6 +75,9 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0) -> dict[s
     note_in_evaluation(session, split, part.skipped, session.state.global_step)
     parts = gather_lists([part], runtime.group)
     evaluated = join(parts, manifest, session.config) if parts is not None else None
+    if evaluated and analysed:
+        numbers = write_analysis(runtime.folder, split, manifest, evaluated.results, session.config.data)
+        evaluated.metrics.update(numbers)
     metrics = from_main(evaluated and evaluated.metrics, runtime.group)
     if metrics is None:
         raise RuntimeError("rank 0 has no metrics")
@@ -144,7 +151,7 @@ def join(parts: list[Part], manifest: Manifest, config: TrainJobConfig) -> Evalu
     loss = sum(value for _, value in sorted(chain.from_iterable(part.losses for part in parts)))
     metrics = {"loss": loss / max(len(results.image_ids_I), 1)} | score(manifest, results, config.eval.scorer)
     pictures = sorted(chain.from_iterable(part.pictures for part in parts), key=lambda picture: picture.image_id)
-    return Evaluated(metrics, pictures, list(chain.from_iterable(part.skipped for part in parts)))
+    return Evaluated(results, metrics, pictures, list(chain.from_iterable(part.skipped for part in parts)))
 
 
 def _shown(manifest: Manifest, count: int) -> set[int]:
@@ -156,21 +163,5 @@ def _shown(manifest: Manifest, count: int) -> set[int]:
 
 def _pictures(inferred: Inferred, shown: set[int]) -> list[Picture]:
     """Pictures of the batch that are to be shown, at the size that the detector saw."""
-    batch, pictures = inferred.batch, []
-    for i, found in enumerate(inferred.detections):
-        if found.image_id not in shown:
-            continue
-        height, width = map(int, batch.sizes_B2[i])
-        scale = np.array([width / batch.orig_sizes_B2[i, 1], height / batch.orig_sizes_B2[i, 0]] * 2, np.float32)
-        pictures.append(
-            Picture(
-                image_id=found.image_id,
-                pixels_HW3=batch.pixels_BHW3[i, :height, :width].copy(),
-                true_boxes_N4=batch.boxes_N4[i],
-                true_labels_N=batch.labels_N[i],
-                boxes_N4=found.boxes_N4 * scale,
-                scores_N=found.scores_N,
-                labels_N=found.labels_N,
-            )
-        )
-    return pictures
+    found = enumerate(inferred.detections)
+    return [picture_of(inferred.batch, i, own) for i, own in found if own.image_id in shown]

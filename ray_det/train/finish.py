@@ -20,18 +20,25 @@ def finish(session: Session) -> None:
     """Test with the best weights, then write what is read after a run; all ranks call it."""
     with TemporaryDirectory() as temporary:
         best = _best(session, Path(temporary))
-    test: dict[str, float] = {}
-    if "test" in session.job.manifests:
-        if session.runtime.is_main:
-            session.runtime.notify({"phase": "testing"})
-        test = {f"test/{k}": v for k, v in evaluate_split(session, "test").items()}
-        if session.tracker:
-            session.tracker.log_test(session.state.global_step, test)
+    last = _last_evaluation(session)
     if session.runtime.is_main:
-        summary = _summary(session, best) | test
+        summary = last | _summary(session, best)
         (session.runtime.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         write_page(session.runtime.folder)
         shutil.rmtree(session.runtime.folder / "staging", ignore_errors=True)
+
+
+def _last_evaluation(session: Session) -> dict[str, float]:
+    """Of test, or of val where there is no test: the numbers, with those of an analysis, and its files."""
+    split = next((split for split in ("test", "val") if split in session.job.manifests), None)
+    if split is None:
+        return {}
+    if session.runtime.is_main:
+        session.runtime.notify({"phase": "testing"})
+    metrics = {f"{split}/{name}": value for name, value in evaluate_split(session, split, analysed=True).items()}
+    if session.tracker and split == "test":
+        session.tracker.log_test(session.state.global_step, metrics)
+    return metrics
 
 
 def _best(session: Session, temporary: Path) -> Checkpoint:

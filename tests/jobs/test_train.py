@@ -53,6 +53,7 @@ def test_the_run_folder_holds_what_the_readme_says(run):
     assert summary["global_step"] == 2 * STEPS and summary["images_per_s"] > 0
     names = {p.name for p in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "report.html", "best", "wandb", "pictures"} <= names
+    assert {"test/best_f1", "test/best_f1_threshold"} <= summary.keys() and "analysis.json" in names
     assert "<svg" in (run / "report.html").read_text() and "staging" not in names
 
 
@@ -79,17 +80,21 @@ def test_every_step_once_with_the_formulas_learning_rate(run):
 
 def test_eval_predict_pycocotools_and_python_agree(run, small_coco, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
-    assert run_job("eval", "--checkpoint", run, "--data.val", small_coco["val"], "--output", tmp_path / "e") == 0
+    assert run_job("eval", "--checkpoint", run, "--data.val", small_coco["test"], "--output", tmp_path / "e") == 0
     evaluated = json.loads((tmp_path / "e" / "summary.json").read_text())
     for name, value in evaluated.items():
-        assert value == pytest.approx(summary[name], abs=1e-6), name
+        assert value == pytest.approx(summary[name.replace("val/", "test/")], abs=1e-6), name
+    assert {"val/AP", "val/AP50", "val/best_f1", "val/best_f1_threshold"} <= evaluated.keys()
+    here, there = (json.loads((folder / "analysis.json").read_text()) for folder in (tmp_path / "e", run))
+    assert here["confusion"] == there["confusion"] and here["split"] == "val" != there["split"]
+    assert "Worst images" in (tmp_path / "e" / "report.html").read_text()
 
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    truth = COCO(str(small_coco["val"]))
+    truth = COCO(str(small_coco["test"]))
     for image in truth.dataset["images"]:
-        shutil.copy(small_coco["val"].parent / "images" / image["file_name"], pictures)
-    more = ("--ids_from", small_coco["val"], "--output", tmp_path / "p", "--batch_size", 1)
+        shutil.copy(small_coco["test"].parent / "images" / image["file_name"], pictures)
+    more = ("--ids_from", small_coco["test"], "--output", tmp_path / "p", "--batch_size", 1)
     assert run_job("predict", "--checkpoint", run, "--input", pictures, *more) == 0
     found = truth.loadRes(str(tmp_path / "p" / "detections.json"))
     scored = COCOeval(truth, found, "bbox")

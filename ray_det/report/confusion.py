@@ -1,0 +1,119 @@
+"""A confusion matrix as a heat map, and its most frequent confusions as a table.
+
+Rows are true classes and columns found ones, as in Ultralytics and scikit-learn turned to rows; the last of both is
+background: its column holds what was missed, its row what was found where nothing is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+
+SHOWN = 100  # classes in the heat map at most
+LISTED = 10  # confusions in the table
+WIDTH = 820  # pixels of all cells at most
+LARGEST, NUMBERED = 56.0, 30.0  # pixels of a cell at most, and from which on it holds its number
+LABEL = 132  # pixels for the names of the classes
+LONGEST = 20  # characters of a name
+
+
+class Confusion(NamedTuple):
+    true: str
+    found: str
+    objects: int
+    share: float  # of the objects of the true class
+
+
+def confusion_figure(names: Sequence[str], cells: Sequence[Sequence[int]]) -> str:
+    """A `<figure>` with the matrix.
+
+    Args:
+        cells: (true, found, count) where count is not 0; `len(names)` is background.
+    """
+    matrix = np.zeros((len(names) + 1, len(names) + 1), np.int64)
+    for true, found, count in cells:
+        matrix[true, found] = count
+    shown = _shown(matrix)
+    side = min(LARGEST, WIDTH / len(shown))
+    wide = " wide" if side < NUMBERED else ""
+    notes = ["rows: true, columns: found as"]
+    if len(shown) <= len(names):
+        notes.append(f"{len(shown) - 1} of {len(names)} classes, those with the most errors")
+    return (
+        f'<figure class="chart matrix{wide}"><figcaption><h3>Confusion matrix</h3><span class="legend">'
+        f"{'; '.join(notes)}</span></figcaption>{_svg([*names, 'background'], matrix, shown, side)}</figure>"
+    )
+
+
+def most_confused(names: Sequence[str], cells: Sequence[Sequence[int]]) -> list[Confusion]:
+    """Objects that were found as another class, the most frequent pairs of classes first."""
+    totals = np.zeros(len(names) + 1, np.int64)
+    for true, _, count in cells:
+        totals[true] += count
+    mixed = sorted((cell for cell in cells if cell[0] != cell[1] and max(cell[:2]) < len(names)), key=lambda c: -c[2])
+    return [Confusion(names[t], names[f], count, float(count / totals[t])) for t, f, count in mixed[:LISTED]]
+
+
+def _shown(matrix: np.ndarray) -> list[int]:
+    """Indices of classes that occur, in their order, and background."""
+    background = len(matrix) - 1
+    counts = matrix.sum(axis=0) + matrix.sum(axis=1)
+    errors = (counts - 2 * np.diag(matrix))[:background]
+    picked = np.lexsort((-errors, counts[:background] == 0))[: min(SHOWN, np.count_nonzero(counts[:background]))]
+    return [*sorted(picked.tolist()), background]
+
+
+def _svg(names: Sequence[str], matrix: np.ndarray, shown: list[int], side: float) -> str:
+    label = min(LABEL, 12 + 6.6 * max(min(len(names[i]), LONGEST) for i in shown))
+    size = label + side * len(shown)
+    font = max(6.5, min(12.0, side * 0.85))
+    parts = list(_labels([names[i] for i in shown], label, side, size))
+    for row, true in enumerate(shown):
+        total = matrix[true].sum()
+        for column, found in enumerate(shown):
+            if matrix[true, found]:
+                x, y = label + column * side, label + row * side
+                parts.append(_cell(x, y, side, names, true, found, int(matrix[true, found]), int(total)))
+    return (
+        f'<svg viewBox="0 0 {size:.0f} {size:.0f}" style="max-width:{size:.0f}px;font-size:{font:.1f}px" role="img" '
+        f'aria-label="Confusion matrix, rows are true classes, columns found ones">{"".join(parts)}</svg>'
+    )
+
+
+def _labels(names: Sequence[str], label: float, side: float, size: float) -> Iterator[str]:
+    """Lines of the grid, names of rows at the left and of columns at the top."""
+    for i, name in enumerate(names):
+        at = label + i * side
+        text = escape(name if len(name) <= LONGEST else name[: LONGEST - 1] + "…")
+        middle = at + side / 2
+        yield f'<path class="grid" d="M{label:.1f} {at:.1f}H{size:.1f}M{at:.1f} {label:.1f}V{size:.1f}"/>'
+        yield f'<text x="{label - 6:.1f}" y="{middle:.1f}" text-anchor="end" dy=".35em">{text}</text>'
+        yield f'<text transform="translate({middle:.1f} {label - 6:.1f}) rotate(-90)" dy=".35em">{text}</text>'
+    yield f'<path class="grid" d="M{label:.1f} {size:.1f}H{size:.1f}V{label:.1f}"/>'
+
+
+def _cell(x: float, y: float, side: float, names: Sequence[str], true: int, found: int, count: int, total: int) -> str:
+    """Shaded by the root of its share of the row, so that few confusions are seen too."""
+    depth = math.sqrt(count / total)
+    style = "s0" if true == found else "s1"
+    hint = f"{_sentence(names, true, found)}: {count} of {total} ({count / total:.1%})"
+    cell = (
+        f'<rect class="cell {style}" x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" '
+        f'fill-opacity="{depth:.2f}"><title>{escape(hint)}</title></rect>'
+    )
+    if side < NUMBERED:
+        return cell
+    shade = "over" if depth > 0.65 else "on"
+    text = f"{count / 1000:.3g}k" if count >= 10_000 else str(count)
+    return cell + f'<text class="{shade}" x="{x + side / 2:.1f}" y="{y + side / 2:.1f}" dy=".35em">{text}</text>'
+
+
+def _sentence(names: Sequence[str], true: int, found: int) -> str:
+    background = len(names) - 1
+    if true == background:
+        return f"nothing there, found as {names[found]}"
+    return f"{names[true]} missed" if found == background else f"{names[true]} found as {names[found]}"
