@@ -163,7 +163,8 @@ class _Plain(Dataset):
     def __init__(self, manifest: Manifest, work: Shard, size: int) -> None:
         rows = work.assignment.rows
         self.uris = [manifest.uri(int(row)) for row in rows]
-        self.boxes = [torch.tensor(manifest.table["boxes"][int(row)].as_py()).reshape(-1, 4) for row in rows]
+        # Not tensors: each would take a file descriptor on its way to a worker.
+        self.boxes = [np.array(manifest.table["boxes"][int(row)].as_py()).reshape(-1, 4) for row in rows]
         self.size = size
 
     def __len__(self) -> int:
@@ -173,7 +174,7 @@ class _Plain(Dataset):
         torch.set_num_threads(1)
         with Image.open(self.uris[i]) as file:
             image = functional.pil_to_tensor(file.convert("RGB"))
-        boxes, config = self.boxes[i].clone(), AugmentConfig()
+        boxes, config = torch.tensor(self.boxes[i], dtype=torch.float32), AugmentConfig()
         draw = torch.rand(5)
         scale = min(config.scale[0] + float(draw[0]) * (config.scale[1] - config.scale[0]), 1.0)  # crops cost nothing
         height, width = resized(np.array(image.shape[1]), np.array(image.shape[2]), int(self.size * scale), "longest")
