@@ -163,6 +163,7 @@ def command(task: Task, storage: Path, changes: dict[str, Any] | None = None) ->
         "train.epochs": 1,
         "train.global_batch_size": task.batch_size,
         "train.precision": task.precision,
+        "train.deterministic": "false",  # as the peers
         "workers.threads": task.threads,
         "wandb.mode": "disabled",
         **(changes or {}),
