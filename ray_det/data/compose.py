@@ -100,7 +100,7 @@ def patches(
         (x0, y0), (x1, y1) = np.floor(offered_K4[k, :2]).astype(int), np.ceil(offered_K4[k, 2:]).astype(int)
         low, high = np.array([x0, y0, x0, y0]), np.array([x1, y1, x1, y1])
         more = box_ops.area(np.clip(there, low, high)) / box_ops.area(there)
-        inside = np.clip(offered_K4, low, high)
+        inside = np.clip(offered_K4, low, high).astype(np.float32)
         big = ((inside[:, 2:] - inside[:, :2]) >= MIN_SIDE).all(axis=1)
         which = np.flatnonzero(big & (box_ops.area(inside) >= min_visible * box_ops.area(offered_K4)))
         if k not in which or (hidden + more > MAX_COVERED).any():
