@@ -29,7 +29,7 @@ def paint(folder: Path, sizes: list[tuple[int, int]], tallest: float = 1.0) -> M
         picture, half = np.zeros((height, width, 3), np.uint8), width // 2
         images.append({"id": i + 1, "file_name": f"{i}.png", "height": height, "width": width})
         for k in range(2):
-            w, h = int(rng.integers(half // 3, half - 8)), int(rng.integers(height // 4, tallest * height - 8))
+            w, h = int(rng.integers(half // 3, half - 8)), int(rng.integers(height // 4, int(tallest * height) - 8))
             x, y = k * half + int(rng.integers(4, half - w - 3)), int(rng.integers(4, height - h - 3))
             label = (2 * i + k) % HUES
             picture[y : y + h, x : x + w] = hue_colour(label)

@@ -56,7 +56,7 @@ def assignments(manifest: Manifest) -> list[tuple[Assignment, LoadSpec]]:
         h[train], w[train], train, CONFIG, micro_batches=2, micro_batch_size=2, divisor=32, seed=3, epoch=1
     )
     whole = plan_evaluation(h[readable], w[readable], readable, CONFIG, batch_size=4, divisor=32, rank=0, world=1)
-    spec = LoadSpec("longest", "mean", seed=3, augment=AugmentConfig())
+    spec = LoadSpec("longest", "mean", seed=3, augment=AugmentConfig(mosaic=0.5, mixup=0.2))
     return [(epoch.assign(0, 1), spec), (whole, replace(spec, augment=None))]
 
 
