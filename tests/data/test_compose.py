@@ -43,6 +43,8 @@ def test_tiles_of_a_mosaic_touch_one_point_and_stay_on_the_canvas(seed, height, 
 def test_partners_are_drawn_as_often_as_asked_among_the_rows():
     config, rows = AugmentConfig(mosaic=0.3, mixup=0.2, copy_paste=0.7), np.array([2, 5, 6, 11])
     drawn = [compose.choose(np.random.default_rng([s]), config, rows) for s in range(2000)]
+    both = [bool(one.mosaic and one.copy_paste) for one in drawn]
+    assert np.mean(both) == pytest.approx(0.3 * 0.7, abs=0.04), "they are drawn independently"
     for name, share, number in (("mosaic", 0.3, 3), ("mixup", 0.2, 1), ("copy_paste", 0.7, 1)):
         groups = [getattr(one, name) for one in drawn]
         assert {len(group) for group in groups} == {0, number}

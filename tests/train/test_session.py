@@ -29,7 +29,8 @@ def session(small_coco: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     config = TrainJobConfig.model_validate(
         {
             "storage": str(folder / "runs"),
-            "data": {"train": str(folder / "coco" / "train.json"), "image_size": 96, "sampling": "repeat_factor"},
+            "data": {"train": str(folder / "coco" / "train.json"), "image_size": 640}
+            | {"sampling": "repeat_factor", "repeat_threshold": 1},
             "augment": {"mosaic": 0.5, "mixup": 0.2, "copy_paste": 0.1, "iou_crop": 0.3, "close_mosaic": 3},
             "model": FAMILIES["fcos"].model_dump(),
             "train": {"epochs": 8, "global_batch_size": 4},
@@ -45,14 +46,14 @@ def test_canvases_are_those_of_the_images_that_are_on_them(session):
     assert not table["trainable"][0].as_py() and set(np.unique(plan.rows_SMB)) == set(np.delete(np.arange(16), [0, 3]))
     for rows, canvas in zip(plan.rows_SMB.reshape(plan.steps, -1), plan.canvas_S2, strict=True):
         heights, widths = (table[name].to_numpy()[rows] for name in ("height", "width"))
-        expected = round_up(resized(heights, widths, 96, "longest").max(axis=0), session.detector.size_divisor)
+        expected = round_up(resized(heights, widths, 640, "longest").max(axis=0), session.detector.size_divisor)
         assert np.array_equal(canvas, expected)
 
 
 def test_the_configured_sampling_is_the_plans(session):
-    factors = session._sampler.factors_N
-    assert len(factors) == 14 and session._sampler is session._sampler
-    assert {session.plan(epoch).steps for epoch in range(5)} == {-(-session._sampler.images // 4)}
+    images = session._sampler.images
+    assert len(session._sampler.factors_N) == 14 < images - 4 and session._sampler is session._sampler
+    assert {session.plan(epoch).steps for epoch in range(5)} == {-(-images // 4)}
 
 
 def test_the_last_epochs_are_loaded_without_composing(session):
