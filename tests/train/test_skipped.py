@@ -89,7 +89,8 @@ def test_partners_that_are_missing_are_listed_and_not_counted(broken_coco, tmp_p
     asked["config"]["data"] |= {"max_skipped_share": 0.143}  # one of 7 in val, and one of 16, not all of its mosaics
     run = run_alone(asked)
     found = [(r["split"], r["file"], r["image_id"]) for r in listed(run)]
-    assert set(found) == {("train", BROKEN["train"], 4), ("val", BROKEN["val"], 2)} and len(found) > 3
+    assert set(found) == {("train", BROKEN["train"], 4), ("val", BROKEN["val"], 2)}
+    assert len({r["global_step"] for r in listed(run) if r["split"] == "train"}) > 1, "it is once in an epoch itself"
     assert json.loads((run / "summary.json").read_text())["skipped_images"] == 1
 
 
