@@ -213,6 +213,13 @@ class TrainJobConfig(Section):
         micro_batches(self.train, self.workers.most)
         return self
 
+    @model_validator(mode="after")
+    def _not_closed_at_once(self) -> TrainJobConfig:
+        augment, epochs = self.augment, self.train.epochs
+        if (augment.partners or augment.iou_crop) and augment.close_mosaic >= epochs:
+            raise ValueError(f"augment.close_mosaic {augment.close_mosaic} leaves none of train.epochs {epochs}")
+        return self
+
 
 def micro_batches(train: TrainConfig, workers: int) -> tuple[int, int]:
     """(M, B): micro-batches per global batch and images per micro-batch.

@@ -51,6 +51,14 @@ class DatasetConfig(Section):
         default=16,
         description="global batches per window of the plan, inside which images are sorted by aspect ratio; 1: random",
     )
+    sampling: Literal["uniform", "repeat_factor", "class_balanced"] = Field(
+        default="uniform",
+        description="images of an epoch: every one once; those with rare classes more often, by the repeat factors of "
+        "LVIS; or as many for each class",
+    )
+    repeat_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.001, description="share of images that have a class, below which repeat_factor repeats them"
+    )
     last_batch: Literal["wrap", "drop"] = Field(
         default="wrap",
         description="an epoch's last, short global batch: filled with images from its start, or left out",
@@ -74,9 +82,12 @@ class DatasetConfig(Section):
         return ImageLimits(self.max_pixels, self.max_bytes)
 
 
+Factor = Annotated[float, Field(gt=0)]
+
+
 class AugmentConfig(Section):
     flip: Share = Field(default=0.5, description="probability of a horizontal flip")
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+    scale: tuple[Factor, Factor] = Field(
         default=(0.9, 1.3), description="range of the scale jitter, x; above 1 crops, below 1 pads, the canvas stays"
     )
     min_visible: Share = Field(
@@ -85,9 +96,41 @@ class AugmentConfig(Section):
     brightness: Share = Field(default=0.2, description="largest change of brightness, share")
     contrast: Share = Field(default=0.2, description="largest change of contrast, share")
     saturation: Share = Field(default=0.2, description="largest change of saturation, share")
+    mosaic: Share = Field(default=0.0, description="probability of a mosaic of four images (YOLOv4)")
+    mosaic_scale: tuple[Factor, Factor] = Field(
+        default=(0.5, 1.5), description="range of the scale of a mosaic's images, x their size without one"
+    )
+    mixup: Share = Field(default=0.0, description="probability that another image is blended in, with its boxes")
+    copy_paste: Share = Field(
+        default=0.0, description="probability that some boxes of another image are pasted, as rectangles: without masks"
+    )
+    iou_crop: Share = Field(default=0.0, description="probability of SSD's IoU crop, where there is no mosaic")
+    iou_crop_scale: tuple[Factor, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=(0.3, 1.0), description="range of the crop's sides, share of the image's"
+    )
+    iou_crop_aspect: tuple[Factor, Factor] = Field(
+        default=(0.75, 1.33),
+        description="range of the crop's width / height, x the canvas's: far from 1 much is padded (SSD: 0.5,2)",
+    )
+    close_mosaic: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="last epochs, in which mosaic, mixup, copy_paste and iou_crop are off"
+    )
+
+    @property
+    def partners(self) -> bool:
+        """Whether images may meet others on a canvas."""
+        return bool(self.mosaic or self.mixup or self.copy_paste)
+
+    def at(self, epoch: int, epochs: int) -> AugmentConfig:
+        """As it is in one epoch of so many."""
+        if epoch < epochs - self.close_mosaic:
+            return self
+        return self.model_copy(update=dict.fromkeys(("mosaic", "mixup", "copy_paste", "iou_crop"), 0.0))
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale: {self.scale[0]} > {self.scale[1]}")
+        for name in ("scale", "mosaic_scale", "iou_crop_scale", "iou_crop_aspect"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} > {high}")
         return self

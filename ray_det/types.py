@@ -93,6 +93,7 @@ class MicroBatch:
     boxes_N4: list[np.ndarray]  # B arrays, float32 xyxy in canvas pixels
     labels_N: list[np.ndarray]  # B arrays, int64 contiguous labels
     skipped_B: tuple[str, ...] = ()  # why an image is blank in place of its picture, "" where it is not; empty: none is
+    skipped_partners: tuple[tuple[int, str], ...] = ()  # (image id, why) of those missing from pictures of other images
 
 
 @dataclass(frozen=True)

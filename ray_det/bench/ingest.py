@@ -23,8 +23,9 @@ from ray_det.bench import photos
 from ray_det.bench.measure import Arm, Bench, Figure, compare, single
 from ray_det.cluster import start_ray
 from ray_det.config import AugmentConfig, DatasetConfig, WorkersConfig
-from ray_det.data.collate import MEAN_PIXEL, LoadSpec, Shard, load
+from ray_det.data.collate import Shard, load
 from ray_det.data.decode import decode
+from ray_det.data.image import MEAN_PIXEL, LoadSpec
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import plan_epoch, resized, round_up
 from ray_det.data.prepare import prepare

@@ -42,16 +42,21 @@ def sample(
     rng: np.random.Generator,
     config: AugmentConfig,
     source: tuple[int, int],
-    fit: tuple[int, int],
+    fit: tuple[float, float],
     canvas: tuple[int, int],
+    scale_range: tuple[float, float] | None = None,
 ) -> View:
     """Draw a view of an image of (h, w) `source`, whose plain resize is `fit`, onto a canvas of (h, w) `canvas`.
 
     A scale s <= 1 shrinks the whole image. With s > 1 the image outgrows the canvas: as much of it as the canvas
     holds is cut out at a random place, so the crop keeps near the canvas's aspect ratio and never adds padding.
+
+    Args:
+        scale_range: in place of the configuration's.
     """
     u = rng.random(7)  # always as many: what one image draws does not depend on its branch
-    scale = config.scale[0] + u[0] * (config.scale[1] - config.scale[0])
+    low, high = scale_range or config.scale
+    scale = low + u[0] * (high - low)
     (y0, y1, height), (x0, x1, width) = (
         _crop_axis(source[axis], fit[axis] * scale, canvas[axis], u[1 + axis]) for axis in (0, 1)
     )
@@ -116,16 +121,18 @@ def apply(view: View, image_HW3: np.ndarray, out_HW3: np.ndarray, shrink: int = 
         out_HW3[:] = pixels
 
 
-def apply_to_boxes(view: View, boxes_N4: np.ndarray, min_visible: float) -> tuple[np.ndarray, np.ndarray]:
+def apply_to_boxes(
+    view: View, boxes_N4: np.ndarray, min_visible: float, min_side: float = MIN_SIDE
+) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (N, 4) xyxy in source pixels -> (float32 (K, 4) xyxy in canvas pixels, bool (N,) which K of N remain).
 
-    A box remains if at least `min_visible` of its area is inside the view.
+    A box remains if at least `min_visible` of its area is inside the view, and each side has `min_side` pixels there.
     """
     scale = np.array([view.width / (view.x1 - view.x0), view.height / (view.y1 - view.y0)] * 2)
     moved = (boxes_N4 - np.array([view.x0, view.y0] * 2)) * scale
     clipped = box_ops.clip(moved, view.height, view.width)
     sides = clipped[:, 2:] - clipped[:, :2]
-    keep = (box_ops.area(clipped) >= min_visible * box_ops.area(moved)) & (sides >= MIN_SIDE).all(axis=1)
+    keep = (box_ops.area(clipped) >= min_visible * box_ops.area(moved)) & (sides >= min_side).all(axis=1)
     if view.flip:
         clipped[:, [0, 2]] = view.width - clipped[:, [2, 0]]
     return clipped[keep].astype(np.float32), keep

@@ -109,6 +109,10 @@ class Manifest:
         shards = (name and paths.join(self.shards or "", name) for name in rows["shard"].to_pylist())
         return list(map(Place, uris, shards, rows["offset"].to_pylist(), rows["length"].to_pylist()))
 
+    def trainable_rows(self) -> np.ndarray:
+        """int64 (N,)"""
+        return np.flatnonzero(self.table["trainable"].to_numpy())
+
     @cached_property
     def counts(self) -> dict[str, int]:
         """Images, boxes (crowds and defects too), and what of both training sees."""

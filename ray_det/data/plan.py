@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ray_det.config import DatasetConfig
+from ray_det.data.sampling import Sampler, occurrences
 from ray_det.types import UserError
 
 SHORTEST_CAP = 5 / 3
@@ -29,6 +30,7 @@ class Assignment:
     image_size: np.ndarray  # int32 (n,): side that images are resized to, pixels
     offsets: np.ndarray  # int64 (n + 1,)
     rows: np.ndarray  # int64
+    occurrence: np.ndarray  # int32, as `rows`: how many times the epoch's sampling drew the image before
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -42,6 +44,7 @@ class Assignment:
             self.image_size[start:stop],
             self.offsets[start : stop + 1] - a,
             self.rows[a:b],
+            self.occurrence[a:b],
         )
 
 
@@ -51,9 +54,10 @@ class EpochPlan:
 
     epoch: int
     rows_SMB: np.ndarray  # int64 manifest rows
+    occurrence_SMB: np.ndarray  # int32, see `Assignment`
     canvas_S2: np.ndarray  # int32 (h, w)
     image_size_S: np.ndarray  # int32
-    wrapped: int  # images seen twice to fill the last global batch
+    wrapped: int  # images seen again to fill the last global batch
     dropped: int  # images left out of this epoch
 
     @property
@@ -83,6 +87,7 @@ class EpochPlan:
             image_size=self.image_size_S[step],
             offsets=np.arange(len(step) + 1, dtype=np.int64) * size,
             rows=self.rows_SMB[step, index].reshape(-1),
+            occurrence=self.occurrence_SMB[step, index].reshape(-1),
         )
 
 
@@ -116,6 +121,7 @@ def plan_epoch(
     divisor: int,
     seed: int,
     epoch: int,
+    sampler: Sampler | None = None,
 ) -> EpochPlan:
     """Plan one epoch over the images at manifest rows `rows_N`.
 
@@ -123,40 +129,40 @@ def plan_epoch(
     aspect ratio and cut in global batches, whose order is shuffled again. That leaves few padded pixels and still
     mixes: an image meets others of its shape from its window, and windows are new every epoch.
 
+    Args:
+        heights_N, widths_N: of these images, pixels.
+        sampler: draws the images; None: every one once.
+
     Raises:
         UserError: there is no image.
     """
+    if not len(heights_N) == len(widths_N) == len(rows_N):
+        raise ValueError(f"{len(heights_N)} heights and {len(widths_N)} widths of {len(rows_N)} images")
     if not len(rows_N):
         raise UserError("empty dataset: no image can be trained on")
     rng = np.random.default_rng([seed, epoch])
     batch = micro_batches * micro_batch_size
-    order, wrapped, dropped = _whole_batches(rng.permutation(len(rows_N)), batch, config.last_batch)
-    steps = len(order) // batch
-    window = np.arange(len(order)) // (batch * config.window)
-    order = order[np.lexsort((widths_N[order] / heights_N[order], window))].reshape(steps, batch)
-    order = order[np.lexsort((rng.random(steps), np.arange(steps) // config.window))]
+    drawn = rng.permutation(len(rows_N)) if sampler is None else sampler.draw(rng)
+    steps = steps_per_epoch(len(drawn), batch, config.last_batch)
+    place = np.resize(np.arange(len(drawn)), steps * batch)  # of each image among those drawn
+    window = np.arange(len(place)) // (batch * config.window)
+    aspect = (widths_N / heights_N)[drawn[place]]
+    place = place[np.lexsort((aspect, window))].reshape(steps, batch)
+    place = place[np.lexsort((rng.random(steps), np.arange(steps) // config.window))]
+    order = drawn[place]
+    occurrence = np.zeros(place.shape, np.int32) if sampler is None else occurrences(drawn)[place]
 
     scales = np.array(config.multi_scale or (config.image_size,), np.int32)
     image_size_S = scales[rng.integers(len(scales), size=steps)]
     size_SG2 = resized(heights_N[order], widths_N[order], image_size_S[:, None], config.resize)
     canvas_S2 = round_up(size_SG2.max(axis=1), divisor).astype(np.int32)
-    rows_SMB = rows_N[order].reshape(steps, micro_batches, micro_batch_size)
-    return EpochPlan(epoch, rows_SMB, canvas_S2, image_size_S, wrapped, dropped)
-
-
-def _whole_batches(order: np.ndarray, batch: int, last_batch: str) -> tuple[np.ndarray, int, int]:
-    """The permutation as whole global batches, with the numbers of images repeated and left out."""
-    rest = len(order) % batch
-    if not rest:
-        return order, 0, 0
-    if last_batch == "drop" and len(order) > batch:
-        return order[:-rest], 0, rest
-    missing = batch - rest
-    return np.resize(order, len(order) + missing), missing, 0
+    shape, more = (steps, micro_batches, micro_batch_size), steps * batch - len(drawn)
+    rows_SMB, occurrence_SMB = rows_N[order].reshape(shape), occurrence.reshape(shape)
+    return EpochPlan(epoch, rows_SMB, occurrence_SMB, canvas_S2, image_size_S, max(more, 0), max(-more, 0))
 
 
 def steps_per_epoch(images: int, global_batch_size: int, last_batch: str) -> int:
-    """Steps of every epoch, known before any is planned."""
+    """Steps of every epoch that has so many images, known before any is planned."""
     whole = images // global_batch_size
     return max(whole, 1) if last_batch == "drop" or not images % global_batch_size else whole + 1
 
@@ -186,10 +192,12 @@ def plan_evaluation(
     number = np.arange(len(starts))[rank::world]
     ends = np.append(starts[1:], len(order))
     picked = [order[starts[i] : ends[i]] for i in number]
+    rows = rows_N[np.concatenate(picked)] if picked else np.empty(0, np.int64)
     return Assignment(
         keys=np.stack([np.full_like(number, epoch), number, np.zeros_like(number)], axis=1).astype(np.int32),
         canvas=canvas_N2[order[starts[number]]].astype(np.int32),
         image_size=np.full(len(number), config.image_size, np.int32),
         offsets=np.cumsum([0, *map(len, picked)]),
-        rows=rows_N[np.concatenate(picked)] if picked else np.empty(0, np.int64),
+        rows=rows,
+        occurrence=np.zeros(len(rows), np.int32),
     )

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ray_det.config import DatasetConfig, Scorer
-from ray_det.data.collate import LoadSpec, Shard
+from ray_det.data.collate import Shard
+from ray_det.data.image import LoadSpec
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import plan_evaluation
 from ray_det.evaluate.coco_eval import coco_metrics

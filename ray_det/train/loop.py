@@ -27,7 +27,7 @@ from ray_det.train.optim import set_learning_rate
 from ray_det.train.profile import trace
 from ray_det.train.records import announce, log_step
 from ray_det.train.session import Runtime, Session, open_session
-from ray_det.train.skipped import note_in_training, skipped_in
+from ray_det.train.skipped import note_in_training
 from ray_det.train.step import StepResult, train_step
 from ray_det.train.validation import collect, end_epoch, validate_in_background
 from ray_det.types import MicroBatch, Preempted, Stopped, TrainingError
@@ -114,7 +114,7 @@ def train_steps(session: Session, plan: EpochPlan) -> None:
             result = _step(session, micro, rate)
             _advance(session, plan, step, result)
             if result.skipped:
-                note_in_training(session, skipped_in(micro))
+                note_in_training(session, micro)
             now = time.perf_counter()
             with record_function("logging"):
                 log_step(session, plan, result, rate, seconds=now - mark, wait=wait)

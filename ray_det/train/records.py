@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from ray_det.data.plan import EpochPlan
@@ -59,6 +60,10 @@ def announce(session: Session, plan: EpochPlan) -> None:
         return
     number, size = plan.rows_SMB.shape[1:]
     text = f"{plan.steps} steps per epoch, {number} x {size} images each"
+    if (sampling := session.config.data.sampling) != "uniform":
+        different = len(np.unique(plan.rows_SMB))
+        text += f"; {sampling} sampling of {session.job.manifests['train'].counts['trainable_images']} images"
+        text += f", {different} of which are in the first epoch"
     if plan.wrapped:
         text += f"; {plan.wrapped} images are seen twice to fill an epoch's last batch"
     if plan.dropped:

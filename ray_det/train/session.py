@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ray_det.config import OptimConfig, TrainJobConfig, micro_batches
-from ray_det.data.collate import LoadSpec, Shard
+from ray_det.data.collate import Shard
+from ray_det.data.image import LoadSpec
 from ray_det.data.plan import EpochPlan, plan_epoch
+from ray_det.data.sampling import Sampler, sampler_of
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
 from ray_det.models.parts import compile_networks, freeze, sync_batch_norms
@@ -114,19 +116,26 @@ class Session:
         return self.job.config
 
     def plan(self, epoch: int) -> EpochPlan:
-        table = self.job.manifests["train"].table
+        manifest = self.job.manifests["train"]
+        rows = manifest.trainable_rows()
         number, size = self.micro_batches
         return plan_epoch(
-            table["height"].to_numpy(),
-            table["width"].to_numpy(),
-            np.flatnonzero(table["trainable"].to_numpy()),
+            manifest.table["height"].to_numpy()[rows],
+            manifest.table["width"].to_numpy()[rows],
+            rows,
             self.config.data,
             micro_batches=number,
             micro_batch_size=size,
             divisor=self.detector.size_divisor,
             seed=self.config.seed,
             epoch=epoch,
+            sampler=self._sampler,
         )
+
+    @cached_property
+    def _sampler(self) -> Sampler | None:
+        manifest = self.job.manifests["train"]
+        return sampler_of(manifest.table, manifest.trainable_rows(), self.config.data)
 
     @property
     def micro_batches(self) -> tuple[int, int]:
@@ -148,7 +157,7 @@ class Session:
             data.resize,
             data.padding,
             config.seed,
-            config.augment if training else None,
+            config.augment.at(self.state.epoch, config.train.epochs) if training else None,
             data.limits,
             skip_bad=data.on_bad_image == "skip",
             patience_s=config.workers.storage_timeout_s,

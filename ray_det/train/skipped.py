@@ -31,13 +31,18 @@ def skipped_in(batches: Iterable[MicroBatch]) -> list[Skipped]:
     ]
 
 
-def note_in_training(session: Session, mine: list[Skipped]) -> None:
+def note_in_training(session: Session, mine: list[MicroBatch]) -> None:
     """Count and list what any rank skipped in the step that was just done; all ranks call it.
+
+    Partners that are missing from the pictures of other images (in a mosaic) are listed, but not counted: how often an
+    image is a partner says nothing of how many are broken.
 
     Raises:
         TrainingError: it is too much of all images so far, or of one epoch's where these are more.
     """
-    found = _note(session, "train", mine, session.state.global_step)
+    step = session.state.global_step
+    _note(session, "train", [lost for batch in mine for lost in batch.skipped_partners], step)
+    found = _note(session, "train", skipped_in(mine), step)
     count = session.state.skipped_images + len(found)
     session.state = replace(session.state, skipped_images=count)
     seen = session.state.global_step * session.config.train.global_batch_size

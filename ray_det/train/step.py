@@ -44,7 +44,7 @@ class StepResult:
     padded_share: float  # of the global batch's pixels
     applied: bool  # False: loss or gradient was not finite, and the weights were left alone
     asked: Asked  # by any rank
-    skipped: int  # images of the global batch that could not be loaded and are blank
+    skipped: int  # images of the global batch, and partners of these, that could not be loaded
 
 
 def wrap_ddp(detector: Detector, device: torch.device) -> nn.Module:
@@ -111,7 +111,7 @@ def train_step(
         total += torch.stack([losses[name].detach().float() for name in names]) / share
     norm = gradient_norm(optimizer)
     padded = sum(map(_padded_share, micro_batches)) / share
-    skipped = sum(bool(why) for micro in micro_batches for why in micro.skipped_B)
+    skipped = sum(sum(map(bool, micro.skipped_B)) + len(micro.skipped_partners) for micro in micro_batches)
     more = torch.tensor([padded, skipped, *asked]).to(device, non_blocking=True)
     at("all-reduce of the losses")
     with record_function("all-reduce"):

@@ -11,8 +11,9 @@ from PIL import Image
 
 from ray_det.config import AugmentConfig, DatasetConfig
 from ray_det.data.augment import shrink_of, whole
-from ray_det.data.collate import MEAN_PIXEL, LoadSpec, Shard, from_table, load, pad_to_canvas, to_table
+from ray_det.data.collate import Shard, from_table, load, pad_to_canvas, to_table
 from ray_det.data.decode import decode, decode_for
+from ray_det.data.image import MEAN_PIXEL, LoadSpec
 from ray_det.data.plan import plan_epoch, plan_evaluation
 from ray_det.data.prepare import prepare
 from ray_det.types import UserError
@@ -28,11 +29,11 @@ def manifest(small_coco, tmp_path_factory):
 
 
 def plan_of(manifest, epoch=0):
-    table = manifest.table
+    rows = manifest.trainable_rows()
     return plan_epoch(
-        table["height"].to_numpy(),
-        table["width"].to_numpy(),
-        np.flatnonzero(table["trainable"].to_numpy()),
+        manifest.table["height"].to_numpy()[rows],
+        manifest.table["width"].to_numpy()[rows],
+        rows,
         CONFIG,
         micro_batches=2,
         micro_batch_size=3,

@@ -52,9 +52,11 @@ def assignments(manifest: Manifest) -> list[tuple[Assignment, LoadSpec]]:
     table = manifest.table
     h, w = table["height"].to_numpy(), table["width"].to_numpy()
     train, readable = (np.flatnonzero(table[name].to_numpy()) for name in ("trainable", "readable"))
-    epoch = plan_epoch(h, w, train, CONFIG, micro_batches=2, micro_batch_size=2, divisor=32, seed=3, epoch=1)
+    epoch = plan_epoch(
+        h[train], w[train], train, CONFIG, micro_batches=2, micro_batch_size=2, divisor=32, seed=3, epoch=1
+    )
     whole = plan_evaluation(h[readable], w[readable], readable, CONFIG, batch_size=4, divisor=32, rank=0, world=1)
-    spec = LoadSpec("longest", "mean", seed=3, augment=AugmentConfig())
+    spec = LoadSpec("longest", "mean", seed=3, augment=AugmentConfig(mosaic=0.5, mixup=0.2))
     return [(epoch.assign(0, 1), spec), (whole, replace(spec, augment=None))]
 
 

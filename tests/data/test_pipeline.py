@@ -51,13 +51,13 @@ def test_blocks_are_small_at_first_and_bounded():
     n = 40
     keys = np.stack([np.zeros(n), np.arange(n), np.zeros(n)], axis=1).astype(np.int32)
     canvas = np.where(np.arange(n)[:, None] < 25, 640, 2048).astype(np.int32).repeat(2, axis=1)
-    whole = Assignment(keys, canvas, np.full(n, 640, np.int32), np.arange(n + 1) * 4, np.arange(4 * n))
+    whole = Assignment(keys, canvas, np.full(n, 640, np.int32), np.arange(n + 1) * 4, *[np.arange(4 * n)] * 2)
     blocks = list(_blocks(whole))
     assert np.array_equal(np.concatenate([block.keys for block in blocks]), keys)
     assert np.array_equal(np.concatenate([block.rows for block in blocks]), whole.rows)
     assert [len(block) for block in blocks][:4] == [1, 2, 4, BLOCK_BATCHES]
     assert max(4 * int(block.canvas.prod(axis=1).sum()) * 3 for block in blocks) <= BLOCK_BYTES
-    alone = Assignment(keys[:2], canvas[:2] * 8, keys[:2, 0], whole.offsets[:3], whole.rows[:8])
+    alone = Assignment(keys[:2], canvas[:2] * 8, keys[:2, 0], whole.offsets[:3], whole.rows[:8], whole.rows[:8])
     assert [len(block) for block in _blocks(alone)] == [1, 1]  # each is larger than that, and goes all the same
 
 

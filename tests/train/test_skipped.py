@@ -82,6 +82,18 @@ def test_two_workers_skip_the_same_and_learn_the_same(alone, broken_coco, tmp_pa
         assert b["train/batch_loss"] == pytest.approx(a["train/batch_loss"], rel=1e-3), a["global_step"]
 
 
+def test_partners_that_are_missing_are_listed_and_not_counted(broken_coco, tmp_path):
+    asked = spec(broken_coco, tmp_path)
+    asked["config"] |= {"augment": {"mosaic": 1, "close_mosaic": 0}}
+    asked["config"]["train"] |= {"epochs": 1}
+    asked["config"]["data"] |= {"max_skipped_share": 0.143}  # one of 7 in val, and one of 16, not all of its mosaics
+    run = run_alone(asked)
+    found = [(r["split"], r["file"], r["image_id"]) for r in listed(run)]
+    assert set(found) == {("train", BROKEN["train"], 4), ("val", BROKEN["val"], 2)}
+    assert len({r["global_step"] for r in listed(run) if r["split"] == "train"}) > 1, "it is once in an epoch itself"
+    assert json.loads((run / "summary.json").read_text())["skipped_images"] == 1
+
+
 def test_a_resumed_run_keeps_the_count_and_lists_nothing_twice(alone, broken_coco, tmp_path):
     resumed = tmp_path / "run"
     resumed.mkdir()
