@@ -57,7 +57,7 @@ def main() -> None:
     from ray_det.evaluate.coco_eval import coco_metrics
     from ray_det.predict.launch import InferJob, infer_on_workers, read_results
     from ray_det.predict.predictor import open_checkpoint
-    from ray_det.report.analysis_page import write_evaluation_page
+    from ray_det.report.analysis_page import PICTURES, write_evaluation_page
     from ray_det.report.progress import results_table
     from ray_det.storage import Folder
 
@@ -82,6 +82,7 @@ def main() -> None:
         summary = {f"val/{name}": value for name, value in metrics.items()}
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         write_evaluation_page(folder, f"{config.checkpoint} on {config.data.val}")
+        (output / PICTURES).delete()  # of an earlier evaluation
         output.upload(folder)
     print(results_table(summary))
     print(f"{output.uri}/summary.json, report.html")

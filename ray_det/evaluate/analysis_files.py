@@ -17,10 +17,10 @@ from ray_det.evaluate.analysis import BACKGROUND_IOU, IOU, Analysis, analyse
 from ray_det.evaluate.f1 import THRESHOLDS_S, Best
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.shown import picture_of
+from ray_det.report.analysis_page import FILE, PICTURES
 from ray_det.report.pictures import Picture, draw, to_jpeg
 from ray_det.types import Detections
 
-FILE, PICTURES = "analysis.json", "worst_images"
 PICTURE_SIZE = 640  # pixels of the longest side
 DIGITS = 5
 

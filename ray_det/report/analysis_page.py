@@ -67,7 +67,8 @@ def analysis_sections(analysis: Record, summary: Record, folder: Path) -> str:
     best = analysis["f1"]["best"]["macro"] or {}
     about = (
         f"{whole(analysis['images'])} images with {whole(sum(analysis['objects']))} objects. A detection is right at "
-        f"IoU {analysis['iou']:g}. Confusions and worst images are those at the score of the best mean F1."
+        f"IoU {analysis['iou']:g}. Errors by kind are of all detections, confusions and worst images of those that the "
+        "best mean F1 keeps."
     )
     tiles = [
         tile("Best F1", share(best.get("f1")), "mean over classes"),

@@ -42,7 +42,8 @@ def confusion_figure(names: Sequence[str], cells: Sequence[Sequence[int]]) -> st
     wide = " wide" if side < NUMBERED else ""
     notes = ["rows: true, columns: found as"]
     if len(shown) <= len(names):
-        notes.append(f"{len(shown) - 1} of {len(names)} classes, those with the most errors")
+        why = "with the most errors" if len(shown) > SHOWN else "that are there or found"
+        notes.append(f"the {len(shown) - 1} of {len(names)} classes {why}")
     return (
         f'<figure class="chart matrix{wide}"><figcaption><h3>Confusion matrix</h3><span class="legend">'
         f"{'; '.join(notes)}</span></figcaption>{_svg([*names, 'background'], matrix, shown, side)}</figure>"

@@ -76,7 +76,7 @@ class ProgressPrinter:
 
 
 def results_table(summary: Mapping[str, Any]) -> str:
-    """Val and test AP side by side; "-" where a number is missing, or undefined for want of such objects."""
+    """Val and test AP side by side, and where F1 is best; "-" for a number that is missing or undefined."""
     splits = [split for split in ("val", "test") if any(f"{split}/{column}" in summary for column in COLUMNS)]
     if not splits:
         return "no evaluation results"
@@ -84,6 +84,10 @@ def results_table(summary: Mapping[str, Any]) -> str:
     rows += [[split, *(_share(summary.get(f"{split}/{column}")) for column in COLUMNS)] for split in splits]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    for split in splits:
+        if f"{split}/best_f1" in summary:
+            f1, score = (_share(summary[f"{split}/best_f1{what}"]) for what in ("", "_threshold"))
+            lines.append(f"best F1 on {split}: {f1}, of detections with a score from {score}")
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

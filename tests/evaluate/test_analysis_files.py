@@ -13,8 +13,11 @@ from ray_det.data import decode
 from ray_det.data.manifest import Manifest
 from ray_det.evaluate.analysis_files import PICTURE_SIZE, write_analysis
 from ray_det.evaluate.results import Results
+from ray_det.report.analysis_page import write_evaluation_page
 from ray_det.types import Detections, UserError
+from tests.evaluate.kinds import drawn
 from tests.evaluate.test_coco_eval import annotated, manifest_of
+from tests.evaluate.test_hotcoco_scorer import as_manifest
 
 
 @pytest.fixture
@@ -87,3 +90,14 @@ def test_an_image_that_cannot_be_decoded_has_no_picture(data, tmp_path, monkeypa
     write_analysis(tmp_path, "val", manifest, Results.of(found), DatasetConfig())
     pictures = [image["picture"] for image in json.loads((tmp_path / "analysis.json").read_text())["worst"]]
     assert len(pictures) == 2 and pictures.count(None) == 1
+
+
+@pytest.mark.parametrize("kind", ["nothing_annotated", "no_detections", "images_left_out"])
+def test_there_is_a_page_whatever_the_data_are_like(tmp_path, kind):
+    document, found = drawn(5, [kind])
+    manifest = as_manifest(document)
+    numbers = write_analysis(tmp_path, "val", manifest, Results.of(found), DatasetConfig())
+    assert numbers["best_f1"] == {"nothing_annotated": -1, "no_detections": 0}.get(kind, pytest.approx(0.3, abs=0.3))
+    page = write_evaluation_page(tmp_path, "page").read_text()
+    assert "Detections of val" in page and "Worst images" not in page  # none of the files is there
+    assert ("nothing recorded" in page) == (kind == "nothing_annotated")

@@ -102,9 +102,11 @@ def test_only_classes_that_occur_are_rows_of_the_matrix():
     figure = confusion_figure(names, [[4, 4, 9], [4, 7, 2], [9, 50, 1], [40, 40, 8], [50, 11, 3]])
     columns = re.findall(r"rotate\(-90\)\"[^>]*>([^<]*)<", figure)
     assert columns == ["&lt;4&gt;", "&lt;7&gt;", "&lt;9&gt;", "&lt;11&gt;", "&lt;40&gt;", "background"]
-    assert "5 of 50 classes" in figure and figure.count("<rect") == 5
+    assert "the 5 of 50 classes that are there or found" in figure and figure.count("<rect") == 5
     opacities = [float(v) for v in re.findall(r'fill-opacity="([^"]*)"', figure)]
     assert opacities == pytest.approx([(9 / 11) ** 0.5, (2 / 11) ** 0.5, 1, 1, 1], abs=0.005)
+    many = confusion_figure([str(i) for i in range(300)], [[i, i, 1] for i in range(300)] + [[250, 251, 1]])
+    assert "the 100 of 300 classes with the most errors" in many and ">250<" in many and ">200<" not in many
     assert "background" in confusion_figure([], []) and "background" in confusion_figure(names, [])
 
 
@@ -152,7 +154,7 @@ def looked_at(page: Path, profile: Path, dark: bool) -> dict:
     quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     command = [str(CHROMIUM), *quiet.split(), "--disable-component-update", "--disable-sync", "--window-size=1280,2000"]
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={profile}"]
-    dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60).stdout
+    dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     found = re.search(r"<title>PROBE (.*?)</title>", dom)
     assert found, dom[:500]
     return json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))

@@ -87,6 +87,9 @@ def test_results_table_has_val_and_test_side_by_side():
     assert test.split() == ["test", "0.400", "-", "-", "-", "-", "-", "-"]
     assert len({len(line) for line in (header, val, test)}) == 1
     assert results_table({}) == "no evaluation results"
+    summary |= {"test/best_f1": 0.7, "test/best_f1_threshold": 0.4321}
+    *same, best = results_table(summary).splitlines()
+    assert same == [header, _, val, test] and best == "best F1 on test: 0.700, of detections with a score from 0.432"
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (65, "1:05"), (3725, "1:02:05"), (59.9, "1:00")])
