@@ -12,7 +12,8 @@ import torch
 
 from ray_det.data.collate import Shard
 from ray_det.train.job import Job
-from ray_det.train.session import Runtime, Session, open_session
+from ray_det.train.opening import open_session
+from ray_det.train.session import Runtime, Session
 from ray_det.train.step import Asked
 from ray_det.types import MicroBatch
 

@@ -82,7 +82,7 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    make_deterministic(room.threads, deterministic=device.type == "cpu")
+    make_deterministic(room.threads, None, device)
     checkpoint = open_checkpoint(job.checkpoint)
     run = checkpoint.config
     data = run.data.model_copy(update={"on_bad_image": job.on_bad_image or run.data.on_bad_image})

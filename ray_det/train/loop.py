@@ -23,10 +23,11 @@ from ray_det.data.collate import Shard
 from ray_det.data.plan import EpochPlan
 from ray_det.train.finish import finish
 from ray_det.train.job import Job
+from ray_det.train.opening import open_session
 from ray_det.train.optim import set_learning_rate
 from ray_det.train.profile import trace
 from ray_det.train.records import announce, log_step
-from ray_det.train.session import Runtime, Session, open_session
+from ray_det.train.session import Runtime, Session
 from ray_det.train.skipped import note_in_training
 from ray_det.train.step import StepResult, train_step
 from ray_det.train.validation import collect, end_epoch, validate_in_background

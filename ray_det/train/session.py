@@ -19,27 +19,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ray_det.config import OptimConfig, TrainJobConfig, micro_batches
+from ray_det.config import TrainJobConfig, micro_batches
 from ray_det.data.collate import Shard
 from ray_det.data.image import LoadSpec
 from ray_det.data.plan import EpochPlan, plan_epoch
 from ray_det.data.sampling import Sampler, sampler_of
-from ray_det.models.build import build_detector
 from ray_det.models.detector import Detector
-from ray_det.models.parts import compile_networks, freeze, sync_batch_norms
 from ray_det.report.tracker import Tracker
 from ray_det.retry import patiently, reason
 from ray_det.storage import StorageError
 from ray_det.train.checkpoint import LAST_FILE, Checkpoint, TrainState
 from ray_det.train.ema import Ema
 from ray_det.train.job import Job
-from ray_det.train.optim import build_optimizer, learning_rate
+from ray_det.train.optim import learning_rate
 from ray_det.train.snapshot import HostMemory, Snapshot, write_evaluated
-from ray_det.train.step import Asked, make_deterministic, use_bf16, wrap_ddp
+from ray_det.train.step import Asked
 from ray_det.train.store import name_of
 from ray_det.train.tensors import NormStatistics
 from ray_det.train.writer import Writer
-from ray_det.types import MicroBatch, UserError
+from ray_det.types import MicroBatch
 
 if TYPE_CHECKING:
     from ray_det.train.evaluation import Evaluated
@@ -243,65 +241,3 @@ class Session:
         if self.runtime.is_main:
             with open(self.runtime.folder / "nonfinite.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
-
-
-def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, rollbacks: int = 0) -> Session:
-    """Build model, optimizer and tracker, as the checkpoint has them where there is one.
-
-    Args:
-        rollbacks: times that the run has gone back to a checkpoint; 0: as many as the checkpoint says.
-    """
-    config = job.config
-    deterministic = config.train.deterministic
-    make_deterministic(runtime.threads, runtime.device.type == "cpu" if deterministic is None else deterministic)
-    torch.manual_seed(config.seed)
-    detector, weights = build_detector(
-        config.model,
-        job.facts.classes,
-        padding=config.data.padding,
-        architecture=checkpoint.content["architecture"] if checkpoint else None,
-    )
-    if weights is not None and runtime.is_main:
-        runtime.notify({"message": weights.table()})
-    if checkpoint:
-        checkpoint.load_model(detector)
-    freeze(detector, config.model.freeze)
-    if config.train.sync_batch_norm and runtime.device.type != "cuda":
-        raise UserError("train.sync_batch_norm needs GPUs")
-    if config.train.sync_batch_norm and runtime.group:
-        sync_batch_norms(detector)
-    detector.to(runtime.device).train()
-    if config.train.compile:
-        compile_networks(detector)
-    state = checkpoint.state if checkpoint else TrainState()
-    optimizer = build_optimizer(config.optim, detector)
-    ema = _average(config.optim, detector, state)
-    if checkpoint:
-        checkpoint.load_optimizer(optimizer)
-        if ema:
-            checkpoint.load_average(ema.detector)
-    if rollbacks:
-        state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
-    if state.phase == "test" and state.epoch < config.train.epochs:
-        state = replace(state, phase="train")  # more epochs were asked for
-    if checkpoint and runtime.is_main:
-        where = {"train": "training", "validate": "validation", "test": "the test"}[state.phase]
-        text = f"goes on from step {state.global_step}, with {where}"
-        text += f" of epoch {state.epoch + 1}" if state.phase != "test" else ""
-        runtime.notify({"message": f"{text}, on {runtime.world} worker{'s' if runtime.world > 1 else ''}"})
-    tracker = _open_tracker(job, runtime.folder, state.log_lines if checkpoint else None) if runtime.is_main else None
-    bf16 = use_bf16(config.train.precision, runtime.device)
-    model, norms = wrap_ddp(detector, runtime.device), NormStatistics(detector)
-    return Session(job, runtime, detector, model, optimizer, ema, norms, bf16, state, tracker)
-
-
-def _average(config: OptimConfig, detector: Detector, state: TrainState) -> Ema | None:
-    if not config.ema_decay:
-        return None
-    return Ema(detector, config.ema_decay, config.ema_warmup_steps, state.global_step - state.skipped_steps)
-
-
-def _open_tracker(job: Job, folder: Path, keep_lines: int | None) -> Tracker:
-    config, facts = job.config, job.facts.config
-    patience_s = job.run.patience_s
-    return Tracker(folder, config.wandb, config.name, job.run_id, facts, keep_lines=keep_lines, patience_s=patience_s)

@@ -183,8 +183,13 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16"
 
 
-def make_deterministic(threads: int, deterministic: bool) -> None:
-    """Set this process's threads and whether torch uses deterministic algorithms only (it warns where none exist)."""
+def make_deterministic(threads: int, asked: bool | None, device: torch.device) -> None:
+    """Set this process's threads and whether torch uses deterministic algorithms only (it warns where none exist).
+
+    Args:
+        asked: None: on CPUs.
+    """
+    deterministic = device.type == "cpu" if asked is None else asked
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

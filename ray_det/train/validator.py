@@ -26,9 +26,8 @@ class Validator:
 
     def __init__(self, payload: Payload) -> None:
         self._payload = payload
-        deterministic = payload.config.train.deterministic
         self._device = torch.device("cuda" if payload.room.gpu else "cpu")
-        make_deterministic(payload.room.threads, self._device.type == "cpu" if deterministic is None else deterministic)
+        make_deterministic(payload.room.threads, payload.config.train.deterministic, self._device)
         reference = payload.manifests["val"]
         self._manifest = ray.get(reference)
         self._loaders = Loaders(payload.room.loader_cpus, [(self._manifest, reference)])

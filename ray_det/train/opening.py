@@ -1,0 +1,97 @@
+"""A session from nothing or from a checkpoint: model, optimizer, moving average and tracker."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ray_det.config import OptimConfig
+from ray_det.models.build import build_detector
+from ray_det.models.detector import Detector
+from ray_det.models.parts import compile_networks, freeze, sync_batch_norms
+from ray_det.report.tracker import Tracker
+from ray_det.train.checkpoint import Checkpoint, TrainState
+from ray_det.train.ema import Ema
+from ray_det.train.job import Job
+from ray_det.train.optim import build_optimizer
+from ray_det.train.session import Runtime, Session
+from ray_det.train.step import make_deterministic, use_bf16, wrap_ddp
+from ray_det.train.tensors import NormStatistics
+from ray_det.types import UserError
+
+
+def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, rollbacks: int = 0) -> Session:
+    """Build model, optimizer and tracker, as the checkpoint has them where there is one.
+
+    Args:
+        rollbacks: times that the run has gone back to a checkpoint; 0: as many as the checkpoint says.
+
+    Raises:
+        UserError: the model, or its checkpoint, is not what the configuration asks for.
+    """
+    config = job.config
+    make_deterministic(runtime.threads, config.train.deterministic, runtime.device)
+    torch.manual_seed(config.seed)
+    detector = _detector(job, runtime, checkpoint)
+    state = checkpoint.state if checkpoint else TrainState()
+    optimizer = build_optimizer(config.optim, detector)
+    ema = _average(config.optim, detector, state)
+    if checkpoint:
+        checkpoint.load_optimizer(optimizer)
+        if ema:
+            checkpoint.load_average(ema.detector)
+    if rollbacks:
+        state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
+    if state.phase == "test" and state.epoch < config.train.epochs:
+        state = replace(state, phase="train")  # more epochs were asked for
+    if checkpoint and runtime.is_main:
+        runtime.notify({"message": _goes_on(state, runtime.world)})
+    tracker = _tracker(job, runtime.folder, state.log_lines if checkpoint else None) if runtime.is_main else None
+    bf16 = use_bf16(config.train.precision, runtime.device)
+    model, norms = wrap_ddp(detector, runtime.device), NormStatistics(detector)
+    return Session(job, runtime, detector, model, optimizer, ema, norms, bf16, state, tracker)
+
+
+def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Detector:
+    """On its device, in training mode, with its parts as the configuration wants them."""
+    config = job.config
+    detector, weights = build_detector(
+        config.model,
+        job.facts.classes,
+        padding=config.data.padding,
+        architecture=checkpoint.content["architecture"] if checkpoint else None,
+    )
+    if weights is not None and runtime.is_main:
+        runtime.notify({"message": weights.table()})
+    if checkpoint:
+        checkpoint.load_model(detector)
+    freeze(detector, config.model.freeze)
+    if config.train.sync_batch_norm and runtime.device.type != "cuda":
+        raise UserError("train.sync_batch_norm needs GPUs")
+    if config.train.sync_batch_norm and runtime.group:
+        sync_batch_norms(detector)
+    detector.to(runtime.device).train()
+    if config.train.compile:
+        compile_networks(detector)
+    return detector
+
+
+def _average(config: OptimConfig, detector: Detector, state: TrainState) -> Ema | None:
+    if not config.ema_decay:
+        return None
+    return Ema(detector, config.ema_decay, config.ema_warmup_steps, state.global_step - state.skipped_steps)
+
+
+def _goes_on(state: TrainState, world: int) -> str:
+    where = {"train": "training", "validate": "validation", "test": "the test"}[state.phase]
+    text = f"goes on from step {state.global_step}, with {where}"
+    text += f" of epoch {state.epoch + 1}" if state.phase != "test" else ""
+    return f"{text}, on {world} worker{'s' if world > 1 else ''}"
+
+
+def _tracker(job: Job, folder: Path, keep_lines: int | None) -> Tracker:
+    config, facts = job.config, job.facts.config
+    patience_s = job.run.patience_s
+    return Tracker(folder, config.wandb, config.name, job.run_id, facts, keep_lines=keep_lines, patience_s=patience_s)
