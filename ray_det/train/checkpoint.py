@@ -47,9 +47,16 @@ class TrainState:
     loss_count: int = 0
     best_ap: float | None = None
     best_step: int | None = None
+    best_epoch: int = 0  # epochs that were done at best_step
     log_lines: int = 0  # lines of metrics.jsonl
     padded_sum: float = 0.0  # padded shares of all steps so far
     skipped_images: int = 0  # training images so far that could not be loaded and were blank
+
+    def has_next(self, config: TrainJobConfig) -> bool:
+        """Whether there is an epoch to go: not after the last, nor after `patience` epochs without a better AP."""
+        evaluated = self.epoch - self.epoch % config.eval.every_epochs
+        patient = not config.train.patience or evaluated - self.best_epoch < config.train.patience
+        return self.epoch < config.train.epochs and patient
 
     def next_epoch(self) -> TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)

@@ -26,7 +26,7 @@ from ray_det.train.finish import finish
 from ray_det.train.job import Job
 from ray_det.train.optim import set_learning_rate
 from ray_det.train.profile import trace
-from ray_det.train.records import announce, epoch_line, log_step, notify
+from ray_det.train.records import announce, epoch_update, log_step, notify
 from ray_det.train.session import Runtime, Session, open_session
 from ray_det.train.skipped import note_in_training, skipped_in
 from ray_det.train.step import StepResult, train_step
@@ -62,7 +62,7 @@ def run(job: Job, runtime: Runtime) -> None:
 def _run(session: Session) -> None:
     exit_code = 1
     try:
-        while session.state.epoch < session.config.train.epochs:
+        while session.state.has_next(session.config):
             if session.state.phase == "train":
                 _train_epoch(session)
             _end_epoch(session)
@@ -217,9 +217,9 @@ def _end_epoch(session: Session) -> None:
         session.tracker.log_epoch(state.global_step, record)
     better = ap is not None and (state.best_ap is None or ap > state.best_ap)
     if better:
-        session.state = state = replace(state, best_ap=ap, best_step=state.global_step)
+        session.state = state = replace(state, best_ap=ap, best_step=state.global_step, best_epoch=done)
     if better or ("val" not in session.job.manifests and done == epochs):
         session.save_best()
     if session.runtime.is_main:
-        session.runtime.notify({"message": epoch_line(record, done, epochs, better)})
+        session.runtime.notify(epoch_update(session, record, done, better))
     session.state = state.next_epoch()
