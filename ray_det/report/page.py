@@ -45,11 +45,12 @@ def write_page(folder: Path) -> Path:
         f"<details><summary>Configuration</summary><pre>{escape(config_text)}</pre></details>" if config_text else "",
     ]
     path = folder / "report.html"
-    path.write_text(_document(name, "\n".join(parts)), encoding="utf-8")
+    path.write_text(document(name, "\n".join(parts)), encoding="utf-8")
     return path
 
 
-def _document(name: str, body: str) -> str:
+def document(name: str, body: str) -> str:
+    """A page that needs nothing beside it."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
