@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,25 @@ CHANGES = (*MAY_CHANGE, "tune.trials", "tune.concurrent")
 """What a sweep may go on with differently."""
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as it was asked for."""
+
+    config: TuneJobConfig
+    space: dict[str, Domain]
+    trials: int
+    folder: Folder
+
+    @property
+    def base(self) -> TrainJobConfig:
+        """The training run that the trials vary."""
+        return self.config.base()
+
+    def fresh(self, known: list[SweepTrial]) -> list[int]:
+        """Numbers of trials that have not begun."""
+        return sorted({*range(self.trials)} - {trial.number for trial in known})
+
+
 def sweep(config: TuneJobConfig, *, say: Callable[[str], None] = print) -> SweepTrial:
     """Run, or go on with, the sweep that the configuration names -> its best trial.
 
@@ -46,36 +66,35 @@ def sweep(config: TuneJobConfig, *, say: Callable[[str], None] = print) -> Sweep
         TrainingError: no trial got as far as to be evaluated.
     """
     threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
-    base = config.base()
-    space = space_of(config, base)
-    trials = _number_of_trials(config, space)
+    space = space_of(config)
     storage = Folder.at(config.storage, config.workers.storage_timeout_s)
+    asked = Sweep(config, space, _number_of_trials(config, space), storage / config.name)
     with hold(storage, config.name, say):
-        folder = storage / config.name
         if config.overwrite:
-            folder.delete()
-        resolved = base.model_copy(update={"data": with_embedded_data(base, say)})
-        if resolved.data.val is None:
+            asked.folder.delete()
+        data = with_embedded_data(config, say)
+        if data.val is None:
             raise UserError("a sweep compares trials by val/AP: it needs --data.val")
-        most = min(trials, config.tune.concurrent or trials)
-        connect = partial(start_for, config.workers, most)
-        manifests = prepare_splits(resolved, say, partial(map_chunks, connect=connect))
-        _keep_facts(folder, config, space, manifests)
+        base = asked.base.model_copy(update={"data": data})
+        connect = partial(start_for, config.workers, config.tune.concurrent or asked.trials)
+        manifests = prepare_splits(base, say, partial(map_chunks, connect=connect))
+        _keep_facts(asked, manifests)
         say(f"space: {'; '.join(f'{name} {domain}' for name, domain in space.items())}")
-        known = read_trials(folder)
-        if len(known) >= trials and all(trial.ended for trial in known):
-            say(f"sweep {config.name} is finished: {folder.uri}")
+        known = read_trials(asked.folder)
+        if not asked.fresh(known) and all(trial.ended for trial in known):
+            say(f"sweep {config.name} is finished: {asked.folder.uri}")
         else:
-            _run(config, resolved, space, trials, folder, manifests, say)
-        return _report(config, base, space, folder, say)
+            _run(asked, base, known, manifests, say)
+        return _report(asked, say)
 
 
-def space_of(config: TuneJobConfig, base: TrainJobConfig) -> dict[str, Domain]:
+def space_of(config: TuneJobConfig) -> dict[str, Domain]:
     """What is searched: what was asked for, or else learning rate and weight decay.
 
     Raises:
         UserError: a domain that is none, or with values that its field does not take.
     """
+    base = config.base()
     asked = {name: parse_domain(text, f"--space.{name}") for name, text in config.asked_space().items()}
     space = asked or default_space(base, grid=config.tune.search == "grid")
     require_values(base, space)
@@ -89,20 +108,19 @@ def _number_of_trials(config: TuneJobConfig, space: dict[str, Domain]) -> int:
     return asked or DEFAULT_TRIALS
 
 
-def _keep_facts(
-    folder: Folder, config: TuneJobConfig, space: dict[str, Domain], manifests: dict[str, Manifest]
-) -> None:
+def _keep_facts(asked: Sweep, manifests: dict[str, Manifest]) -> None:
     """Write down what the sweep is, or see that it is the same.
 
     Raises:
         UserError: it is not.
     """
-    facts: dict[str, Any] = config.model_dump(mode="json", exclude={"space"})
-    facts |= {"space": {name: str(domain) for name, domain in space.items()}}
+    folder = asked.folder
+    facts: dict[str, Any] = asked.config.model_dump(mode="json", exclude={"space"})
+    facts |= {"space": {name: str(domain) for name, domain in asked.space.items()}}
     facts |= {"data_hashes": {split: manifest.hash for split, manifest in manifests.items()}}
     if folder.exists("run.json"):
         raise UserError(f"{folder.uri} holds a training run: choose another --name")
-    if folder.exists(FACTS) and not config.allow_changes:
+    if folder.exists(FACTS) and not asked.config.allow_changes:
         lines = [line for line in changed_keys(folder.read_json(FACTS), facts) if not line.startswith(CHANGES)]
         if lines:
             raise UserError(
@@ -113,35 +131,38 @@ def _keep_facts(
 
 
 def _run(
-    config: TuneJobConfig,
-    resolved: TrainJobConfig,
-    space: dict[str, Domain],
-    trials: int,
-    folder: Folder,
+    asked: Sweep,
+    base: TrainJobConfig,
+    known: list[SweepTrial],
     manifests: dict[str, Manifest],
     say: Callable[[str], None],
 ) -> None:
     """Run what is left of the trials."""
-    known = read_trials(folder)
+    folder, options, workers = asked.folder, asked.config.tune, base.workers
     interrupted = [trial for trial in known if not trial.ended]
-    first = 1 + max((trial.number for trial in known), default=-1)
-    left = len(interrupted) + max(trials - first, 0)
-    at_once, room = make_room(config.workers, min(left, config.tune.concurrent or left))
+    left = len(interrupted) + len(fresh := asked.fresh(known))
+    at_once, room = make_room(workers, min(left, options.concurrent or left))
     if known:
         say(f"goes on: {len(known) - len(interrupted)} trials have ended, {len(interrupted)} were interrupted")
-    say(f"{left} trials to run, {at_once} at a time, with {config.workers.least} workers each")
-    proposer = build_proposer(config.tune.search, space, config.seed, len(known))
+    say(f"{left} trials to run, {at_once} at a time, with {workers.least} workers each")
+    proposer = build_proposer(options.search, asked.space, base.seed, len(known))
     for trial in known:
         value = value_of(folder, trial.number)
         if value is not None:
             proposer.tell(trial.number, trial.params, value)
     desk = start_desk()
-    shared = Shared(resolved, folder, {split: ray.put(manifest) for split, manifest in manifests.items()}, room, desk)
-    line = Line(proposer, interrupted, first, partial(value_of, folder))
-    scheduler = Politely(rule_of(config.tune, config.train.epochs), lambda name: ray.get(desk.stop.remote(name)), known)
-    retries = config.workers.max_failures
-    run = partial(run_tuner, line, scheduler, shared, trials=left, at_once=at_once, retries=retries)
-    _follow(run, line, desk, folder, say)
+    shared = Shared(base, folder, {split: ray.put(manifest) for split, manifest in manifests.items()}, room, desk)
+    line = Line(proposer, interrupted, fresh, partial(value_of, folder))
+    rule = rule_of(options, base.train.epochs)
+    scheduler = Politely(rule, lambda name: ray.get(desk.stop.remote(name)), known)
+    retries = workers.max_failures
+    _follow(
+        partial(run_tuner, line, scheduler, shared, trials=left, at_once=at_once, retries=retries),
+        line,
+        desk,
+        folder,
+        say,
+    )
 
 
 def _follow(run: Callable[[], None], line: Line, desk: Any, folder: Folder, say: Callable[[str], None]) -> None:
@@ -173,19 +194,18 @@ def _follow(run: Callable[[], None], line: Line, desk: Any, folder: Folder, say:
         raise errors[0]
 
 
-def _report(
-    config: TuneJobConfig, base: TrainJobConfig, space: dict[str, Domain], folder: Folder, say: Callable[[str], None]
-) -> SweepTrial:
+def _report(asked: Sweep, say: Callable[[str], None]) -> SweepTrial:
     """Write the table, the page and the best configuration."""
+    folder, space = asked.folder, asked.space
     trials = read_trials(folder)
     best = winner(trials)
     folder.write_text(TABLE, trials_csv(trials))
     logs = [name for name, domain in space.items() if domain.kind == "loguniform"]
-    folder.write_text(PAGE, sweep_page(config.name, ranked(trials), list(space), logs, best))
+    folder.write_text(PAGE, sweep_page(asked.config.name, ranked(trials), list(space), logs, best))
     say(trials_table(trials))
     if best is None:
         raise TrainingError(f"no trial was evaluated; see {folder.uri}/{TABLE}")
-    folder.write_text(BEST, to_yaml(best_config(base, best)))
+    folder.write_text(BEST, to_yaml(best_config(asked.base, best)))
     say(f"best: {best.name}, {', '.join(f'{name} {value}' for name, value in best.params.items())}")
     say(f"python jobs/train.py --config {folder.uri}/{BEST}   (and open {PAGE} beside it)")
     return best

@@ -33,7 +33,7 @@ class Line(Searcher):
 
     Args:
         interrupted: to go on with.
-        first: the number of the first new one.
+        fresh: the numbers of the new ones.
         value_of: of a trial that has ended, by number; see `Proposer.tell`.
     """
 
@@ -41,13 +41,13 @@ class Line(Searcher):
         self,
         proposer: Proposer,
         interrupted: Sequence[SweepTrial],
-        first: int,
+        fresh: Sequence[int],
         value_of: Callable[[int], float | None],
     ) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._proposer, self._value_of = proposer, value_of
         self._waiting = [{"number": trial.number, "params": trial.params} for trial in interrupted]
-        self._next = first
+        self._fresh = list(fresh)
         self._running: dict[str, dict[str, Any]] = {}
         self._closed = False
 
@@ -61,8 +61,8 @@ class Line(Searcher):
         if self._waiting:
             point = self._waiting.pop(0)
         else:
-            point = {"number": self._next, "params": self._proposer.propose(self._next)}
-            self._next += 1
+            number = self._fresh.pop(0)
+            point = {"number": number, "params": self._proposer.propose(number)}
         self._running[trial_id] = point
         return point
 

@@ -94,12 +94,13 @@ def test_interrupted_trials_come_first_and_new_ones_follow():
             told.append((number, value))
 
     interrupted = [SweepTrial(2, {"optim.lr": 0.5}, "running")]
-    line = Line(Listening(space, 0), interrupted, 5, {2: 0.25, 5: None}.get)
+    line = Line(Listening(space, 0), interrupted, [5, 7], {2: 0.25, 5: None}.get)
     assert line.suggest("a") == {"number": 2, "params": {"optim.lr": 0.5}}
     new = line.suggest("b")
     assert new == {"number": 5, "params": Random(space, 0).propose(5)}
     line.on_trial_complete("a", {})
     line.on_trial_complete("b", error=True)
     assert told == [(2, 0.25)]
+    assert line.suggest("d") == {"number": 7, "params": Random(space, 0).propose(7)}
     line.close()
     assert line.suggest("c") == Searcher.FINISHED

@@ -48,7 +48,7 @@ def test_what_is_no_domain_is_named_with_its_option(text):
 
 def test_any_field_can_be_searched_by_its_option():
     config = parsed("--space.optim.lr", "loguniform(1e-5,1e-3)", "--space.data.padding", "choice(mean, zero)")
-    space = space_of(config, config.base())
+    space = space_of(config)
     assert {name: str(domain) for name, domain in space.items()} == {
         "data.padding": "choice(mean, zero)",
         "optim.lr": "loguniform(1e-05, 0.001)",
@@ -65,7 +65,7 @@ def test_wrong_options_are_named(capsys):
         parsed("--storage", "s3://me:secret@bucket/runs")
     config = parsed("--space.optim.lr", "uniform(-1, 1)")
     with pytest.raises(UserError, match=r"--space\.optim\.lr uniform\(-1\.0, 1\.0\): -1\.0 is no value"):
-        space_of(config, config.base())
+        space_of(config)
     with pytest.raises(SystemExit):
         parsed("--help")
     text = capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_wrong_options_are_named(capsys):
 
 def test_learning_rate_and_weight_decay_are_searched_out_of_the_box():
     config = parsed("--recipe", "quickstart")
-    space = space_of(config, config.base())
+    space = space_of(config)
     assert {name: domain.kind for name, domain in space.items()} == dict.fromkeys(
         ("optim.lr", "optim.weight_decay"), "loguniform"
     )

@@ -74,6 +74,7 @@ def test_a_sweep_has_a_winner_and_a_failed_trial_is_a_result(small_coco, tmp_pat
     asked["space"] = {"optim": {"lr": "choice(0.001, 1e+30)"}}
     file, folder = write(asked), tmp_path / "runs" / "sweep"
     assert run_job("tune", "--config", file) == 0
+    assert capfd.readouterr().out.count("usable in training") == 3  # splits, prepared once for all trials
     rows = table(folder)
     assert [(row["state"], row["optim.lr"]) for row in rows.values()] == [("finished", "0.001"), ("failed", "1e+30")]
     assert "not finite" in rows["trial_001"]["error"] and rows["trial_000"]["test/AP"]
@@ -102,9 +103,10 @@ def test_a_sweep_that_can_never_fit_says_so_at_once(small_coco, tmp_path, capfd)
     assert "it needs --data.val" in capfd.readouterr().err
 
 
-def start(file: Path, *more: object, address: str | None = None) -> subprocess.Popen[str]:
+def start(file: Path | None, *more: object, address: str | None = None) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-W", "ignore", str(JOBS / "tune.py"), "--config", str(file), *map(str, more)]
+    command = [sys.executable, "-W", "ignore", str(JOBS / "tune.py"), *map(str, more)]
+    command += ["--config", str(file)] if file else []
     environment |= {"RAY_ADDRESS": address} if address else {}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
