@@ -8,7 +8,6 @@ from pydantic import BaseModel, Field, create_model
 
 from ray_det.config import TrainJobConfig
 from ray_det.section import PositiveInt, Section
-from ray_det.tune.space import FORMS
 
 DEFAULT_TRIALS = 16
 FIXED = ("name", "storage", "overwrite", "allow_changes", "train.epochs", "eval.", "workers.", "wandb.")
@@ -59,7 +58,7 @@ else:
 
 
 class TuneJobConfig(TrainJobConfig):
-    __doc__ = f"""A sweep. A space is {FORMS}."""
+    """Everything that a training run can be told, and what of it is searched, how."""
 
     tune: SearchConfig = SearchConfig()
     space: Space = Space()

@@ -53,7 +53,7 @@ def trial_config(base: TrainJobConfig, sweep: Folder, number: int, params: Param
 def run_trial(point: dict[str, Any], *, shared: Shared) -> None:
     """Train a trial to its end, from the beginning or from its checkpoint, and write down how it ended.
 
-    Whatever ends it is its result: nothing is raised.
+    Whatever ends it is its result, and is not raised.
 
     Args:
         point: number and params of the trial.
@@ -69,7 +69,8 @@ def run_trial(point: dict[str, Any], *, shared: Shared) -> None:
         trial = replace(trial, state="stopped" if stopped.signal_number == BY_SCHEDULER else "running")
     except Exception as error:
         trial = replace(trial, state="failed", error=in_short(error))
-        shared.desk.tell.remote(f"{trial.name}: failed: {trial.error}")
+        # Without a desk this is the end of the sweep, which takes its trials with it in any order: no result.
+        ray.get(shared.desk.tell.remote(f"{trial.name}: failed: {trial.error}"))
     write_trial(shared.sweep, replace(trial, seconds=time.monotonic() - began))
 
 
