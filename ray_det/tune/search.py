@@ -19,7 +19,7 @@ from ray_det.tune.trial import METRIC, TIME, Shared, run_trial
 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's run folder has its log
-    "TUNE_WARN_THRESHOLD_S": "3600",
+    "RAY_AIR_NEW_OUTPUT": "0",  # its tables are printed whatever `verbose` says
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 MEDIAN_OF = 3
