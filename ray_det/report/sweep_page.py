@@ -111,7 +111,7 @@ def _importance(parameters: Sequence[Parameter], trials: Sequence[SweepTrial]) -
         "What a parabola in the parameter alone explains of the ranks, adjusted for the number of trials, "
         "after as many epochs as all of them have had."
     )
-    return f'{_titled("Importance", head, rows)}<p class="boxes">{note}</p>'
+    return f'{_titled("Importance", head, rows)}<p class="under">{note}</p>'
 
 
 def _table(trials: Sequence[SweepTrial], searched: Sequence[str], best: SweepTrial | None) -> str:
