@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,24 +45,29 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers.least * workers.cpus > cores:
+    here = cores()
+    if workers.least * workers.cpus > here:
         raise UserError(
-            f"no room for {workers.least} workers with {workers.cpus:g} CPUs each: this machine has {cores} CPUs "
+            f"no room for {workers.least} workers with {workers.cpus:g} CPUs each: this machine has {here} CPUs "
             "(see --workers.num and --workers.cpus)"
         )
     # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
     for name, value in LOCALLY.items():
         os.environ.setdefault(name, value)
-    fitting = min(workers.most, int(cores // workers.cpus))
+    most = min(workers.most, int(here // workers.cpus))
     ray.init(
         "local",  # a cluster that happens to run here is another's
-        num_cpus=cores + int(-(-(fitting + beside) * workers.cpus // 1)),
+        num_cpus=here + int(-(-(most + beside) * workers.cpus // 1)),
         include_dashboard=False,  # seconds of start-up and a process that computes beside the training
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
     _give_a_head_start()
+
+
+def cores() -> int:
+    """CPUs of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _give_a_head_start() -> None:
@@ -115,11 +121,11 @@ def require_room(workers: WorkersConfig, beside: int = 0) -> Room:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpu = workers.use_gpu
         if gpu is None:
-            gpu = _fitting(nodes, workers.cpus, gpus=1) >= workers.least
-        fitting = _fitting(nodes, workers.cpus, gpus=int(gpu)) - beside
-        start = min(fitting, workers.most)
+            gpu = fitting(nodes, workers.cpus, gpus=1) >= workers.least
+        room_for = fitting(nodes, workers.cpus, gpus=int(gpu)) - beside
+        start = min(room_for, workers.most)
         left = sum(node.get("CPU", 0) for node in nodes) - (start + beside) * workers.cpus
-        if fitting >= workers.least and left >= 1:
+        if room_for >= workers.least and left >= 1:
             share = left / start
             return Room(gpu, share, workers.threads or max(1, int(share)), len(nodes) > 1)
         if local or time.monotonic() > deadline:
@@ -162,7 +168,7 @@ def scaling(workers: WorkersConfig, room: Room) -> ScalingConfig:
     )
 
 
-def _fitting(nodes: list[dict[str, float]], cpus: float, gpus: int) -> int:
+def fitting(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: int) -> int:
     """How many workers the nodes hold."""
     total = 0
     for node in nodes:

@@ -81,6 +81,9 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     epochs: PositiveInt = Field(default=24, description="passes over the training data")
+    patience: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="epochs without a better val/AP after which the run goes on to its test; 0: never"
+    )
     global_batch_size: PositiveInt = Field(default=16, description="images per optimizer step, over all workers")
     micro_batch_size: PositiveInt | None = Field(
         default=None, description="images per forward pass; default: global batch / workers"

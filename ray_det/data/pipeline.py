@@ -132,7 +132,7 @@ def map_chunks(
     function: Callable[[HeaderChunk], list[Header]],
     chunks: list[HeaderChunk],
     *,
-    connect: Callable[[], None],
+    connect: Callable[[], object],
 ) -> list[list[Header]]:
     """The preflight's parallel map: threads for a few files, Ray Data tasks for many, results in order.
 

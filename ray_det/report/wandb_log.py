@@ -69,7 +69,7 @@ def read_history(path: Path) -> Iterator[dict[str, Any]]:
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2 as pb
 
-    for data in _log_records(path.read_bytes()):
+    for data in log_records(path.read_bytes()):
         record = pb.Record()  # pyright: ignore[reportAttributeAccessIssue]
         try:
             record.ParseFromString(data)
@@ -80,7 +80,8 @@ def read_history(path: Path) -> Iterator[dict[str, Any]]:
             yield row | {"_step": record.history.step.num}
 
 
-def _log_records(log: bytes) -> Iterator[bytes]:
+def log_records(log: bytes) -> Iterator[bytes]:
+    """The protobuf records of a `.wandb` file's bytes; stops where one is torn."""
     at, parts = FILE_HEADER_BYTES, b""
     while at + RECORD_HEADER.size <= len(log):
         left = BLOCK_BYTES - at % BLOCK_BYTES

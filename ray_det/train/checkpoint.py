@@ -47,10 +47,21 @@ class TrainState:
     loss_count: int = 0
     best_ap: float | None = None
     best_step: int | None = None
+    best_epoch: int = 0  # epochs that were done at best_step
     log_lines: int = 0  # lines of metrics.jsonl
     padded_sum: float = 0.0  # padded shares of all steps so far
     skipped_images: int = 0  # training images so far that could not be loaded and were blank
     validating: dict[str, float] | None = None  # record of the epoch that is being validated in the background
+
+    def has_next(self, config: TrainJobConfig) -> bool:
+        """Whether there is an epoch to go: not after the last, nor where `gives_up` says so of those that are known."""
+        known = self.epoch if self.validating is None else int(self.validating["train/epoch"])
+        return self.epoch < config.train.epochs and not self.gives_up(config, known)
+
+    def gives_up(self, config: TrainJobConfig, done: int) -> bool:
+        """Whether `patience` epochs, of `done`, have brought no better AP."""
+        evaluated = done - done % config.eval.every_epochs
+        return bool(config.train.patience) and evaluated - self.best_epoch >= config.train.patience
 
     def next_epoch(self) -> TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)

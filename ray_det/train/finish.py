@@ -60,6 +60,7 @@ def _summary(session: Session, best: Checkpoint) -> dict[str, Any]:
     return val | {
         "finished": True,
         "epochs": job.config.train.epochs,
+        "epochs_done": state.epoch,
         "best_step": best.state.global_step,
         "global_step": state.global_step,
         "skipped_steps": state.skipped_steps,

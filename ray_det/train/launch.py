@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +19,7 @@ import ray
 from ray_det.cluster import Room, place_beside, require_room, scaling, set_limits, start_ray
 from ray_det.config import TrainJobConfig
 from ray_det.data.headers import HeaderChunk
+from ray_det.data.manifest import Manifest
 from ray_det.report.progress import ProgressPrinter
 from ray_det.storage import Folder
 from ray_det.train.board import start_board
@@ -60,7 +61,9 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
         from ray_det.data.pipeline import Loaders  # Ray Data, which is being imported beside
 
         Loaders(room.loader_cpus).warm_up()
-        _fit(job, room)
+        manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
+        with closing(ProgressPrinter()) as printer, signals() as got:
+            fit(job, room, manifests, printer.update, lambda: got[0] if got else 0)
         return job.run.read_json("summary.json")
 
 
@@ -71,22 +74,39 @@ def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: l
     return map_chunks(function, chunks, connect=partial(start_ray, config.workers, config.validators))
 
 
-def _fit(job: Job, room: Room) -> None:
-    """Fit to the end: anew, from the last checkpoint, after every node that the cluster announced to take away."""
+def fit(
+    job: Job,
+    room: Room,
+    manifests: dict[str, ray.ObjectRef[Manifest]],
+    show: Callable[[dict[str, Any]], None],
+    asked: Callable[[], int],
+    *,
+    grace_s: float = STOP_GRACE_S,
+) -> None:
+    """Fit to the end: anew, from the last checkpoint, after every node that the cluster announced to take away.
+
+    Args:
+        manifests: the job's, in the object store.
+        show: gets what rank 0 tells, in this thread.
+        asked: the number of the signal that asks the run to stop, 0 while there is none.
+        grace_s: to finish a step and keep a checkpoint, or to finish a validation.
+
+    Raises:
+        Stopped: it was asked to, and a checkpoint is kept.
+    """
     error: Exception | None = None
     workers = job.config.workers
-    manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
     place = place_beside(workers, room) if job.config.validators else None
     for _ in range(workers.max_preemption_failures + 1):
         board = start_board()
         payload = Payload(job.config, job.run_id, job.run, job.started_at, room, board, manifests, place)
-        with _signals() as asked, TemporaryDirectory(prefix="ray_det_") as scratch:
-            error = _follow(_trainer(payload, scratch), board, asked)
+        with TemporaryDirectory(prefix="ray_det_") as scratch:
+            error = _follow(_trainer(payload, scratch), board, show, asked, grace_s)
         ending: Exception | None = cast(Any, ray.get(board.ending.remote()))
         if ending and not isinstance(ending, Preempted):
             raise ending
-        if asked and finished_summary(job) is None:
-            raise Stopped(f"the same command goes on: {job.run.uri}", asked[0])
+        if (number := asked()) and finished_summary(job) is None:
+            raise Stopped(f"the same command goes on: {job.run.uri}", number)
         if not ending:
             break
     else:
@@ -132,8 +152,14 @@ def _lean(kind: type[TorchTrainer]) -> type[TorchTrainer]:
     return Lean
 
 
-def _follow(trainer: TorchTrainer, board: Any, asked: list[int]) -> Exception | None:
-    """Fit in another thread, and print here what rank 0 tells; -> what `fit` raised.
+def _follow(
+    trainer: TorchTrainer,
+    board: Any,
+    show: Callable[[dict[str, Any]], None],
+    asked: Callable[[], int],
+    grace_s: float,
+) -> Exception | None:
+    """Fit in another thread, and show here what rank 0 tells; -> what `fit` raised.
 
     The main thread is the one that gets signals, and Ray Train's `fit` would take SIGINT for itself there.
     """
@@ -147,23 +173,21 @@ def _follow(trainer: TorchTrainer, board: Any, asked: list[int]) -> Exception | 
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    printer, deadline = ProgressPrinter(), math.inf
-    try:
-        while thread.is_alive() and time.monotonic() < deadline:
-            thread.join(POLL_S)
-            if asked and deadline == math.inf:
-                deadline = time.monotonic() + STOP_GRACE_S
-                board.stop.remote()
-                printer.update({"message": "stopping after a checkpoint of this step; a second signal stops at once"})
-            for update in ray.get(board.take.remote()):
-                printer.update(update)
-    finally:
-        printer.close()
+    stopping, deadline = False, math.inf
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(POLL_S)
+        if not stopping and asked():
+            stopping, deadline = True, time.monotonic() + grace_s
+            board.stop.remote()
+            more = "; a second signal stops at once" if grace_s < math.inf else ""
+            show({"message": f"stopping after a checkpoint of this step{more}"})
+        for update in ray.get(board.take.remote()):
+            show(update)
     return errors[0] if errors else None
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """Gives a list that gets the first SIGINT or SIGTERM; a second one is a KeyboardInterrupt."""
     asked: list[int] = []
 

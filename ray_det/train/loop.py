@@ -64,10 +64,11 @@ def _run(session: Session) -> None:
     exit_code = 1
     try:
         validate_in_background(session)  # what the checkpoint had not seen the end of
-        while session.state.epoch < session.config.train.epochs:
+        while session.state.phase == "validate" or session.state.has_next(session.config):
             if session.state.phase == "train":
                 _train_epoch(session)
             end_epoch(session)
+        collect(session)  # of an epoch that turned out to be the last
         if session.state.phase != "test":
             session.save(phase="test", wait=True)  # all ranks read the best
         finish(session)

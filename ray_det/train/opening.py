@@ -44,7 +44,7 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
             checkpoint.load_average(ema.detector)
     if rollbacks:
         state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
-    if state.phase == "test" and state.epoch < config.train.epochs:
+    if state.phase == "test" and state.has_next(config):
         state = replace(state, phase="train")  # more epochs were asked for
     if checkpoint and runtime.is_main:
         runtime.notify({"message": _goes_on(state, runtime.world)})

@@ -47,6 +47,24 @@ def _other_rates(session: Session) -> dict[str, float]:
     return {"train/backbone_learning_rate": scaled[0]} if scaled else {}
 
 
+def epoch_update(session: Session, record: dict[str, float], done: int, better: bool) -> dict[str, Any]:
+    """What the driver is told of an epoch: a line, and what a sweep goes by, read back from the optimizer."""
+    main, config, state = session.optimizer.param_groups[0], session.config, session.state
+    line = epoch_line(record, done, config.train.epochs, better)
+    if done < config.train.epochs and state.gives_up(config, done):
+        line += f"  no better val/AP in {config.train.patience} epochs: the run ends"
+    ended = {
+        "epoch": done,
+        "step": state.global_step - 1,
+        "steps_per_epoch": int(record["global_step"]) // done,
+        "AP": record.get("val/AP"),
+        "lr": main["lr"] / main["lr_scale"],
+        "weight_decay": main["weight_decay"],
+        "rollbacks": state.rollbacks,
+    }
+    return {"message": line, "epoch_end": ended}
+
+
 def epoch_line(record: dict[str, float], done: int, epochs: int, better: bool) -> str:
     line = f"epoch {done}/{epochs}: loss {record['train/epoch_avg_loss']:.4f}"
     if "val/AP" in record:

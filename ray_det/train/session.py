@@ -189,7 +189,8 @@ class Session:
         def write() -> None:
             with self.runtime.kept(name) as folder:
                 checkpoint = Checkpoint.open(folder)
-                best = replace(checkpoint.state, best_ap=state.best_ap, best_step=state.best_step)
+                known = {name: getattr(state, name) for name in ("best_ap", "best_step", "best_epoch")}
+                best = replace(checkpoint.state, **known)
                 self._stage(lambda: write_evaluated(checkpoint, best, staged), staged)
             self.job.run.replace(staged, BEST, last=LAST_FILE)
 

@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import ValidationError
@@ -48,7 +49,18 @@ def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None],
     if config.overwrite:
         run.delete()
     config = config.model_copy(update={"data": with_embedded_data(config, say)})
-    manifests = _manifests(config, say, map_chunks)
+    if config.train.patience and config.data.val is None:
+        raise UserError("--train.patience looks at val/AP: it needs --data.val")
+    return open_run(config, prepare_splits(config, say, map_chunks), started_at)
+
+
+def open_run(config: TrainJobConfig, manifests: dict[str, Manifest], started_at: float) -> Job:
+    """The run folder, of a new run or of one that goes on, for data that is prepared.
+
+    Raises:
+        UserError: the run folder holds a run of another configuration.
+    """
+    run = Folder.at(config.storage, config.workers.storage_timeout_s) / config.name
     known = run.read_json("run.json") if run.exists("run.json") else None
     config = _resolved(config, known)
     hashes = {split: manifest.hash for split, manifest in manifests.items()}
@@ -58,7 +70,7 @@ def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None],
     facts = {"run_id": run_id, "data_hashes": hashes, "config": config.model_dump(mode="json")}
     run.write_text("config.yaml", to_yaml(config))
     run.write_text("run.json", json.dumps(facts, indent=1))
-    _keep_manifests(run, manifests, cache_folder(config.storage))
+    _keep_manifests(run, manifests)
     return Job(config, manifests, run_id, run, started_at)
 
 
@@ -83,7 +95,12 @@ def with_embedded_data(config: TrainJobConfig, say: Callable[[str], None]) -> Da
     return data.model_copy(update={split: str(path) for split, path in paths.items()})
 
 
-def _manifests(config: TrainJobConfig, say: Callable[[str], None], map_chunks: MapChunks) -> dict[str, Manifest]:
+def prepare_splits(config: TrainJobConfig, say: Callable[[str], None], map_chunks: MapChunks) -> dict[str, Manifest]:
+    """The manifests by split, prepared or from the cache.
+
+    Raises:
+        UserError: the data cannot be trained on.
+    """
     manifests: dict[str, Manifest] = {}
     for split in SPLITS:
         source = getattr(config.data, split)
@@ -161,11 +178,12 @@ def _refuse_changes(config: TrainJobConfig, hashes: dict[str, str], known: dict[
         )
 
 
-def _keep_manifests(run: Folder, manifests: dict[str, Manifest], cache: Path) -> None:
+def _keep_manifests(run: Folder, manifests: dict[str, Manifest]) -> None:
     """In the run folder, where every node that sees the storage can read them."""
-    for split, manifest in manifests.items():
-        local = run.local / "data" if run.local else cache / "upload"
+    with TemporaryDirectory() as scratch:
+        local = run.local / "data" if run.local else Path(scratch)
         local.mkdir(parents=True, exist_ok=True)
-        write_manifest(manifest, local / f"{split}.parquet")
-        if not run.local:
-            run.upload(local / f"{split}.parquet", f"data/{split}.parquet")
+        for split, manifest in manifests.items():
+            write_manifest(manifest, local / f"{split}.parquet")
+            if not run.local:
+                run.upload(local / f"{split}.parquet", f"data/{split}.parquet")

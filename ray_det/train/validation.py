@@ -14,7 +14,7 @@ from functools import partial
 
 from ray_det.evaluate.gather import from_main
 from ray_det.train.evaluation import evaluate_split
-from ray_det.train.records import epoch_line, notify
+from ray_det.train.records import epoch_update, notify
 from ray_det.train.session import Session
 from ray_det.train.skipped import note_in_evaluation
 from ray_det.train.step import sync_buffers
@@ -115,7 +115,7 @@ def _log(
         metrics: of val; None: it was not validated.
         keep: makes the weights `best`.
     """
-    step, epochs = int(record["global_step"]), session.config.train.epochs
+    step, done = int(record["global_step"]), int(record["train/epoch"]) + 1
     ap = metrics["AP"] if metrics else None
     record = record | {f"val/{name}": value for name, value in (metrics or {}).items()}
     if session.tracker:
@@ -123,8 +123,7 @@ def _log(
     best = session.state.best_ap
     better = ap is not None and (best is None or ap > best)
     if better:
-        session.state = replace(session.state, best_ap=ap, best_step=step)
+        session.state = replace(session.state, best_ap=ap, best_step=step, best_epoch=done)
         keep()
     if session.runtime.is_main:
-        line = epoch_line(record, int(record["train/epoch"]) + 1, epochs, better)
-        session.runtime.notify({"message": line})
+        session.runtime.notify(epoch_update(session, record, done, better))

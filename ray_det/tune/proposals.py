@@ -1,0 +1,115 @@
+"""Which values a trial gets: drawn, taken from a grid, or proposed by Optuna from the trials before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+
+from ray_det.tune.space import Domain, Params
+from ray_det.types import UserError
+
+Space = Mapping[str, Domain]
+
+
+class Proposer(Protocol):
+    """Proposes a trial's values by its number, from 0; a sweep that goes on tells again what it knows."""
+
+    def propose(self, number: int) -> Params: ...
+
+    def tell(self, number: int, params: Params, value: float) -> None:
+        """A trial has ended with this value, of which more is better."""
+        ...
+
+
+class Random:
+    """A trial's values depend on the seed and its number alone."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self._space, self._seed = space, seed
+
+    def propose(self, number: int) -> Params:
+        rng = np.random.default_rng([self._seed, number])
+        return {name: domain.sample(rng) for name, domain in self._space.items()}
+
+    def tell(self, number: int, params: Params, value: float) -> None:
+        pass
+
+
+class Grid:
+    """All combinations, the first field's values changing last."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+
+    def propose(self, number: int) -> Params:
+        point = list(product(*(domain.values for domain in self._space.values())))[number]
+        return dict(zip(self._space, point, strict=True))
+
+    def tell(self, number: int, params: Params, value: float) -> None:
+        pass
+
+
+class Tpe:
+    """Optuna's Tree-structured Parzen Estimator (Bergstra et al., https://papers.nips.cc/paper/4443).
+
+    Args:
+        known: trials that there are already: a sweep that goes on must not draw the same numbers again.
+    """
+
+    def __init__(self, space: Space, seed: int, known: int) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise UserError("--tune.search optuna needs Optuna: pip install 'ray-det[optuna]'") from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna, self._space = optuna, space
+        self._distributions = {name: self._distribution(domain) for name, domain in space.items()}
+        sampler = optuna.samplers.TPESampler(seed=int(np.random.default_rng([seed, known]).integers(1 << 31)))
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+
+    def propose(self, number: int) -> Params:
+        params = self._study.ask(self._distributions).params
+        # Optuna's choices are plain values; lists go by their place.
+        return {name: self._value(name, params[name]) for name in self._space}
+
+    def tell(self, number: int, params: Params, value: float) -> None:
+        point = {name: self._place(name, params[name]) for name in self._space}
+        trial = self._optuna.trial.create_trial(params=point, distributions=self._distributions, value=value)
+        self._study.add_trial(trial)
+
+    def _distribution(self, domain: Domain) -> Any:
+        kinds = self._optuna.distributions
+        if domain.kind == "choice":
+            return kinds.CategoricalDistribution(range(len(domain.values)))
+        if domain.kind == "randint":
+            return kinds.IntDistribution(*domain.values)
+        return kinds.FloatDistribution(*domain.values, log=domain.kind == "loguniform")
+
+    def _value(self, name: str, suggested: Any) -> Any:
+        domain = self._space[name]
+        return domain.values[suggested] if domain.kind == "choice" else domain.tidy(suggested)
+
+    def _place(self, name: str, value: Any) -> Any:
+        domain = self._space[name]
+        return domain.values.index(value) if domain.kind == "choice" else value
+
+
+def grid_size(space: Space) -> int:
+    """
+    Raises:
+        UserError: a field has no list of choices.
+    """
+    for name, domain in space.items():
+        if domain.kind != "choice":
+            raise UserError(f"--space.{name} {domain}: a grid takes choice(a, b, …) (see --tune.search)")
+    return prod(len(domain.values) for domain in space.values())
+
+
+def build_proposer(search: str, space: Space, seed: int, known: int) -> Proposer:
+    if search == "grid":
+        return Grid(space)
+    return Tpe(space, seed, known) if search == "optuna" else Random(space, seed)

@@ -1,0 +1,62 @@
+"""A run that ends early because val/AP has stopped growing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ray_det.config import TrainJobConfig
+from ray_det.train.checkpoint import TrainState
+from ray_det.types import UserError
+from tests.train.runner import records, run_alone
+from tests.train.test_equivalence import STEPS, same_checkpoint, spec
+
+PATIENCE = 2
+
+
+def asked(small_coco: dict[str, Path], storage: Path, background: bool = False) -> dict[str, Any]:
+    """A run that learns nothing: its first val/AP stays the best."""
+    one = spec(small_coco, storage, "fcos", epochs=6, lr=1e-12)
+    one["config"]["optim"]["lr_min"] = 0
+    one["config"]["train"] |= {"patience": PATIENCE, "checkpoint_every_steps": 0}
+    one["config"]["eval"]["background"] = background
+    return one
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_ends_properly_and_the_same_wherever_it_was_stopped(background, small_coco, tmp_path):
+    """In the background, what is known of an epoch is known when the next one ends, which then is the last."""
+    whole = run_alone(asked(small_coco, tmp_path / "whole", background))
+    summary, epochs = json.loads((whole / "summary.json").read_text()), 1 + PATIENCE + background
+    assert summary["epochs_done"] == epochs and summary["global_step"] == epochs * STEPS
+    assert [r["train/epoch"] for r in records(whole) if "val/AP" in r] == list(range(epochs))
+    assert summary["best_step"] == STEPS and "test/AP" in summary and (whole / "report.html").exists()
+    assert "no better val/AP in 2 epochs: the run ends" in (whole / "messages.txt").read_text()
+    for kept in sorted((whole / "kept").iterdir()):
+        resumed = tmp_path / kept.name / "run"
+        resumed.mkdir(parents=True)
+        for left in ("metrics.jsonl", "run.json"):
+            shutil.copy(whole / left, resumed / left)
+        shutil.copytree(whole / "best", resumed / "best")
+        again = run_alone(asked(small_coco, tmp_path / kept.name, background) | {"checkpoint": str(kept)})
+        assert records(again) == records(whole), kept.name
+        same_checkpoint(whole / "best", again / "best")
+        assert json.loads((again / "summary.json").read_text())["epochs_done"] == epochs
+
+
+def test_epochs_that_were_not_evaluated_do_not_try_patience():
+    config = TrainJobConfig.model_validate({"train": {"epochs": 20, "patience": 3}, "eval": {"every_epochs": 4}})
+    at = {epoch: TrainState(epoch=epoch, best_epoch=4).has_next(config) for epoch in (5, 7, 8, 19)}
+    assert at == {5: True, 7: True, 8: False, 19: False}
+    assert not TrainState(epoch=20, best_epoch=20).has_next(config)
+
+
+def test_patience_needs_val(small_coco, tmp_path):
+    one = asked(small_coco, tmp_path)
+    del one["config"]["data"]["val"]
+    with pytest.raises(UserError, match="needs --data.val"):
+        run_alone(one)
