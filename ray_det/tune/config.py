@@ -28,7 +28,9 @@ class SearchConfig(Section):
         description="which trials are stopped by their val/AP: those not among the best at an epoch of "
         "their rung (successive halving), those below the median, or none",
     )
-    grace_epochs: PositiveInt = Field(default=1, description="epochs before which no trial is stopped")
+    grace_epochs: PositiveInt | None = Field(
+        default=None, description="epochs before which no trial is stopped; default: a quarter of all"
+    )
     reduction: Annotated[int, Field(ge=2)] = Field(
         default=3, description="asha: one of this many goes on at a rung, and the next is at this many times its epochs"
     )

@@ -128,7 +128,7 @@ def rule_of(config: SearchConfig, epochs: int) -> TrialScheduler:
         epochs: of a whole trial, after which nothing is left to be stopped.
     """
     last = max(epochs - 1, 1)
-    grace = min(config.grace_epochs, last)
+    grace = min(config.grace_epochs or max(epochs // 4, 1), last)  # the first AP of an untrained detector is noise
     if config.scheduler == "asha":
         return AsyncHyperBandScheduler(
             TIME, max_t=last, grace_period=grace, reduction_factor=config.reduction, stop_last_trials=False
