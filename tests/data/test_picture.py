@@ -39,7 +39,7 @@ def spec_of(resize: str = "longest", augment: AugmentConfig = PLAIN, **changes: 
     return LoadSpec(resize, "mean", 7, augment.model_copy(update=changes))
 
 
-def batches(manifest, spec: LoadSpec, epochs: int = 4) -> list[MicroBatch]:
+def batches(manifest, spec: LoadSpec, epochs: int = 2) -> list[MicroBatch]:
     plans = [plan_of(manifest, epoch, spec.resize) for epoch in range(epochs)]
     return [batch for plan in plans for batch in load(Shard(manifest, plan.assign(0, 1), spec))]
 

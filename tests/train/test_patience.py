@@ -27,7 +27,7 @@ def asked(small_coco: dict[str, Path], storage: Path, background: bool = False) 
     return one
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_ends_properly_and_the_same_wherever_it_was_stopped(background, small_coco, tmp_path):
     """In the background, what is known of an epoch is known when the next one ends, which then is the last."""
     whole = run_alone(asked(small_coco, tmp_path / "whole", background))

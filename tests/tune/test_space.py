@@ -137,7 +137,14 @@ def test_the_best_configuration_is_one_that_train_takes(tmp_path):
 
 def test_another_learning_rate_or_weight_decay_in_the_optimizer_is_noticed():
     config = TrainJobConfig.model_validate({"optim": {"lr": 1e-3, "lr_min": 0, "weight_decay": 0.05}})
-    half = {"epoch": 13, "global_step": 130, "rollbacks": 0, "lr": 5e-4, "weight_decay": 0.05}  # of 24 epochs
+    half = {
+        "epoch": 13,
+        "step": 129,
+        "steps_per_epoch": 10,
+        "rollbacks": 0,
+        "lr": 5e-4,
+        "weight_decay": 0.05,
+    }  # of 24 epochs
     require_effective(config, half)
     require_effective(config, half | {"rollbacks": 1, "lr": 2.5e-4})
     for wrong in ({"lr": 1e-3}, {"weight_decay": 1e-4}):
