@@ -108,8 +108,8 @@ def test_boxes_of_an_iou_crop_are_around_their_pixels(manifest):
 
 def test_pasted_boxes_are_whole_and_those_below_are_seen(manifest):
     more = alone = 0
-    plain = batches(manifest, spec_of())
-    composed = batches(manifest, spec_of(copy_paste=1))
+    plain = batches(manifest, spec_of(), epochs=4)
+    composed = batches(manifest, spec_of(copy_paste=1), epochs=4)
     for (_, before, old), (pixels, boxes, labels) in zip(pictures(plain), pictures(composed), strict=True):
         assert np.array_equal(boxes[: len(before)], before) and np.array_equal(labels[: len(old)], old)
         pasted, names = boxes[len(before) :], labels[len(before) :]

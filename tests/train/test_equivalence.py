@@ -130,7 +130,7 @@ def settled(small_coco: dict[str, Path], storage: Path, family: str) -> dict[str
     return asked
 
 
-QUICK = ("fcos", "d_fine", "rt_detr_v2")
+QUICK = ("fcos", "d_fine")
 """The other families are `slow`."""
 
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -53,26 +55,20 @@ def children(driver: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_train_worker_changes_nothing(small_coco, undisturbed, tmp_path, capfd):
-    file = write(config(small_coco, tmp_path / "runs"))
-    run = tmp_path / "runs" / "run"
-    with when_at(run, STEPS + 3, lambda: kill("RayTrainWorker")) as killed:
-        assert run_job("train", "--config", file) == 0
-    assert killed == ["RayTrainWorker"]
-    require_same(run, undisturbed)
-    assert "goes on from step" in capfd.readouterr().out
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_loader_and_a_killed_validation_in_the_background_change_nothing(small_coco, undisturbed, tmp_path):
+def test_a_killed_loader_a_killed_worker_and_a_killed_validation_change_nothing(
+    small_coco, undisturbed, tmp_path, capfd
+):
+    """One after the other in a run that validates in the background."""
     asked = config(small_coco, tmp_path / "runs")
     asked["eval"]["background"] = True
     file, run = write(asked), tmp_path / "runs" / "run"
-    with when_at(run, STEPS, lambda: kill("ReadRange")) as loader:
-        with when_at(run, 2 * STEPS + 1, lambda: kill("Validator")) as validator:
-            assert run_job("train", "--config", file) == 0
-    assert (loader, validator) == (["ReadRange"], ["Validator"])
+    steps = {"ReadRange": STEPS - 3, "RayTrainWorker": STEPS + 3, "Validator": 2 * STEPS + 1}
+    with ExitStack() as stack:
+        killed = [stack.enter_context(when_at(run, step, partial(kill, name))) for name, step in steps.items()]
+        assert run_job("train", "--config", file) == 0
+    assert killed == [[name] for name in steps]
     require_same(run, undisturbed, by_step)
+    assert "goes on from step" in capfd.readouterr().out
 
 
 def command(file: Path) -> list[str]:

@@ -67,6 +67,7 @@ def wandb_of(trial: Path) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sweep_has_a_winner_and_a_failed_trial_is_a_result(small_coco, tmp_path, capfd):
     asked = config(small_coco, tmp_path / "runs", epochs=2)
