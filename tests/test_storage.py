@@ -95,6 +95,7 @@ def test_what_does_not_fit_is_an_error_and_not_an_empty_object(tmp_path):
         assert folder.names() == uploaded
 
 
+@pytest.mark.slow
 def test_an_outage_for_good_is_one_clear_error(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_REGION", "us-east-1")

@@ -19,6 +19,7 @@ def threads():
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.slow
 def test_every_figure(monkeypatch):
     ours, bare = [], []
     monkeypatch.setattr(loop, "train_step", _counting(loop.train_step, ours))

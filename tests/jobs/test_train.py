@@ -164,6 +164,7 @@ def test_a_broken_checkpoint_is_named(run, small_coco, tmp_path, capfd):
     assert "broken checkpoint" in error and "model.safetensors" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_image_that_is_gone_in_training_is_named_and_not_tried_again(small_coco, tmp_path, capfd):
     folder = tmp_path / "coco"
     shutil.copytree(small_coco["train"].parent, folder)

@@ -11,8 +11,10 @@ from ray_det.train.profile import PHASES
 from tests.train.runner import records, run_alone
 from tests.train.test_equivalence import spec, with_optim
 
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("fcos", "fasterrcnn")]
 
-@pytest.mark.parametrize("family", ["fcos", pytest.param("fasterrcnn", marks=pytest.mark.slow), "d_fine"])
+
+@pytest.mark.parametrize("family", ["d_fine", *SLOW])
 def test_a_trace_and_the_split_of_a_step(family, small_coco, tmp_path):
     asked = spec(small_coco, tmp_path, family, epochs=1)
     asked["config"]["data"] |= {"val": None, "test": None}

@@ -73,6 +73,7 @@ def test_it_is_listed_once_per_epoch_and_told_once_per_file(alone):
     assert json.loads((alone / "summary.json").read_text())["skipped_images"] == EPOCHS
 
 
+@pytest.mark.slow
 def test_two_workers_skip_the_same_and_learn_the_same(alone, broken_coco, tmp_path):
     run = run_world(spec(broken_coco, tmp_path, world=2), tmp_path)
     assert listed(run) == listed(alone)
