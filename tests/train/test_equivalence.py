@@ -111,6 +111,39 @@ def test_validating_in_the_background_changes_no_number(small_coco, tmp_path):
     assert drawn[0] == drawn[1] and len(drawn[0]) == 2
 
 
+def test_an_epoch_whose_checkpoint_breaks_before_it_is_validated_is_told_and_passed_over(small_coco, tmp_path):
+    def asked(storage: Path) -> dict[str, Any]:
+        one = spec(small_coco, storage, "fcos", epochs=2)
+        one["config"]["eval"]["background"] = True
+        return one
+
+    whole = run_alone(asked(tmp_path / "whole"))
+    kept = whole / "kept"
+    weights = kept / "checkpoint_00000003_validate" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.unlink()  # it is one file with the weights of other checkpoints
+    weights.write_bytes(content)
+    again = run_alone(asked(tmp_path / "again") | {"checkpoint": str(kept / "checkpoint_00000004_train")})
+    epochs = [record for record in records(again) if "train/epoch_avg_loss" in record]
+    assert ["val/AP" in record for record in epochs] == [False, True]
+    assert "checkpoint_00000003_validate is broken" in (again / "messages.txt").read_text()
+
+
+@pytest.mark.slow
+def test_two_workers_wait_for_the_validation_in_the_background_and_agree_on_the_best(small_coco, tmp_path):
+    runs = []
+    for background in (False, True):
+        asked = spec(small_coco, tmp_path / str(background), "fcos", epochs=3, world=2, lr=5e-3)
+        asked["config"]["eval"]["background"] = background
+        asked["config"]["model"]["freeze"] = ["backbone"]
+        runs.append(run_world(asked, tmp_path))
+    one, other = (by_step(records(run)) for run in runs)
+    assert [r for r in one if "train/batch_loss" in r] == [r for r in other if "train/batch_loss" in r]
+    for name in ("val/AP", "val/loss", "test/AP"):
+        assert curve(one, name) == pytest.approx(curve(other, name), abs=1e-4) and curve(one, name)
+
+
 def settled(small_coco: dict[str, Path], storage: Path, family: str) -> dict[str, Any]:
     """A spec of 21 steps whose rounding errors stay small.
 

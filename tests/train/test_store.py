@@ -55,3 +55,14 @@ def test_an_upload_that_was_cut_off_is_no_checkpoint(made, tmp_path):
     for step in (1, 2):
         keep(run, made, step)
     assert names(run) == [store.name_of(step, "train") for step in (1, 2, 5)]
+
+
+@pytest.mark.parametrize("validating", [False, True])
+def test_a_checkpoint_that_is_being_validated_stays_as_long_as_one_that_knows_of_it(validating, made, tmp_path):
+    run = Folder.at(str(tmp_path))
+    for step, phase in ((5, "validate"), (10, "train"), (16, "validate"), (20, "train"), (25, "train"), (30, "train")):
+        staged = tmp_path / "staging"
+        shutil.copytree(made / "checkpoint_00000005_train", staged)
+        store.keep(run, staged, store.name_of(step, phase), validating=validating)
+    expected = [store.name_of(step, "train") for step in (25, 30)]
+    assert names(run) == [store.name_of(16, "validate")] * validating + expected
