@@ -3,7 +3,6 @@
 Without data it trains on an embedded data set (recipe `quickstart`); with `--data.train` it fine-tunes.
 """
 
-import sys
 import time
 
 STARTED_AT = time.time()
@@ -13,15 +12,7 @@ from ray_det.config import TrainJobConfig  # noqa: E402
 
 
 def main() -> None:
-    config, recipe = cli.parse(
-        TrainJobConfig,
-        sys.argv[1:],
-        description=__doc__ or "",
-        recipes=True,
-        default_recipe=lambda given: "finetune" if given.get("data.train") else "quickstart",
-    )
-    if recipe:
-        print(f"recipe {recipe}", flush=True)
+    config = cli.parse_training(TrainJobConfig, __doc__ or "")
     from ray_det.report.progress import results_table
     from ray_det.storage import Folder
     from ray_det.train.launch import train

@@ -89,6 +89,20 @@ def parse(
     return _build(config_class, fields, from_recipe | from_file | flags), recipe
 
 
+def parse_training(config_class: type[Config], description: str) -> Config:
+    """The command line of a job that trains; says which recipe it is where one is taken."""
+    config, recipe = parse(
+        config_class,
+        sys.argv[1:],
+        description=description,
+        recipes=True,
+        default_recipe=lambda given: "finetune" if given.get("data.train") else "quickstart",
+    )
+    if recipe:
+        print(f"recipe {recipe}", flush=True)
+    return config
+
+
 def to_yaml(config: BaseModel) -> str:
     """The whole configuration; `--config` and `from_yaml` read the same object back."""
     return yaml12.write(config.model_dump())

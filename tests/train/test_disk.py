@@ -26,7 +26,8 @@ def disk(tmp_path):
     if mount.returncode:
         pytest.skip(f"no right to mount a file system: {mount.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    # Lazy: Ray's last processes may still have a log open in it.
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def fill(disk: Path) -> Path:
