@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.train
 import ray.train.torch
@@ -21,8 +19,10 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ray_det.cluster import Room, require_room, scaling, start_ray
 from ray_det.config import WorkersConfig
-from ray_det.data.manifest import Manifest, flat
+from ray_det.data.manifest import Manifest
 from ray_det.data.pipeline import Loaders
+from ray_det.evaluate.detections_file import FILE as COLUMNS
+from ray_det.evaluate.detections_file import in_order_of_images, read_detections, write_detections
 from ray_det.evaluate.gather import gather_lists, require_each_once
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import infer_split, readable_rows
@@ -32,7 +32,7 @@ from ray_det.train.skipped import LIST, Skipped, skipped_in
 from ray_det.train.step import make_deterministic, use_bf16
 from ray_det.types import ClassList, Detections, UserError
 
-DETECTIONS, COLUMNS = "detections.json", "detections.parquet"
+DETECTIONS = "detections.json"
 
 
 @dataclass(frozen=True)
@@ -114,34 +114,15 @@ def read_results(output: Folder, manifest: Manifest) -> Results:
     """What `infer_on_workers` wrote for this manifest, to the last bit."""
     with tempfile.TemporaryDirectory() as scratch:
         output.download(Path(scratch) / COLUMNS, COLUMNS)
-        table = pq.read_table(Path(scratch) / COLUMNS)
-    return Results(
-        manifest.table["image_id"].to_numpy()[readable_rows(manifest)],
-        table["image_id"].to_numpy(),
-        flat(table, "bbox").to_numpy().reshape(-1, 4),
-        table["score"].to_numpy(),
-        np.searchsorted(manifest.classes.category_ids, table["category_id"].to_numpy()).astype(np.int32),
-    )
+        return read_detections(Path(scratch) / COLUMNS, manifest)
 
 
 def _write(job: InferJob, results: Results, classes: ClassList) -> None:
-    """COCO results and the same as a Parquet table, in the order of the images."""
-    image_ids = job.manifest.table["image_id"].to_numpy()
-    by_id = np.argsort(image_ids)
-    row_N = by_id[np.searchsorted(image_ids, results.image_of_N, sorter=by_id)]
-    order = np.argsort(row_N, kind="stable")
-    order = order[results.scores_N[order] >= job.min_score]
-    results = results.take(order)
+    """COCO results and the same as a Parquet table."""
+    results = in_order_of_images(results, job.manifest)
+    results = results.take(np.flatnonzero(results.scores_N >= job.min_score))
     job.output.write_text(DETECTIONS, json.dumps(results.to_coco(classes)))
-    columns = {
-        "image_id": pa.array(results.image_of_N),
-        "file_name": job.manifest.table["uri"].take(pa.array(row_N[order])),
-        "category_id": pa.array(np.array(classes.category_ids, np.int64)[results.labels_N]),
-        "class": pa.array(classes.names, pa.string()).take(pa.array(results.labels_N)),
-        "score": pa.array(results.scores_N),
-        "bbox": pa.FixedSizeListArray.from_arrays(pa.array(results.boxes_N4.ravel()), 4),  # xywh, stored pixels
-    }
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / COLUMNS
-        pq.write_table(pa.table(columns), path)
+        write_detections(path, results, job.manifest)
         job.output.upload(path, path.name)
