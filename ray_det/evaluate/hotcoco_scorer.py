@@ -44,6 +44,13 @@ def curves(annotations: Annotations, results: Results, image_ids: np.ndarray, cl
     return result
 
 
+def ap(truth: Annotations, found_N7: np.ndarray, images: int, classes: int) -> float:
+    """COCO's AP of what `read` gives; nothing may be odd. NaN: there are no objects."""
+    precision = _by_hotcoco(truth, found_N7, images, classes).precision_TRKAD[:, :, :, 0, -1]
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else np.nan
+
+
 def read(annotations: Annotations, results: Results, image_ids: np.ndarray) -> tuple[Annotations, np.ndarray]:
     """(truth, (N, 7) detections) with positions in `image_ids`, which ascend, for image ids.
 

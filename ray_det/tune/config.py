@@ -58,7 +58,7 @@ class CompareConfig(Section):
         f"being field=value, a recipe, or one of {', '.join(CHANGES)}",
     )
     seeds: PositiveInt = Field(default=3, description="runs of each arm, with this run's seed and those after it")
-    resamples: PositiveInt = Field(default=1000, description="bootstrap samples behind the intervals")
+    resamples: PositiveInt = Field(default=300, description="bootstrap samples behind the intervals")
     concurrent: PositiveInt | None = Field(
         default=None, description="most runs at the same time; default: as many as the cluster has room for"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from math import prod
 from typing import Any, Protocol
@@ -40,9 +40,9 @@ class Random:
 
 
 class Listed:
-    """Points that are known beforehand, in their order."""
+    """Points that are known beforehand, by the number of the trial."""
 
-    def __init__(self, points: Sequence[Params]) -> None:
+    def __init__(self, points: Mapping[int, Params]) -> None:
         self._points = points
 
     def propose(self, number: int) -> Params:
@@ -115,5 +115,5 @@ def grid_size(space: Space) -> int:
 
 def build_proposer(search: str, space: Space, seed: int, known: int) -> Proposer:
     if search == "grid":
-        return Listed(grid(space))
+        return Listed(dict(enumerate(grid(space))))
     return Tpe(space, seed, known) if search == "optuna" else Random(space, seed)

@@ -43,7 +43,9 @@ class Trials:
     concurrent: int | None  # most at the same time
     facts: dict[str, Any]  # what it is beside its data, in JSON
     may_change: tuple[str, ...]  # beginnings of the facts' dotted keys with which it may go on differently
-    proposer: Callable[[int], Proposer]  # gets the number of trials that are known
+    fresh: Callable[
+        [list[SweepTrial]], tuple[list[int], Proposer]
+    ]  # of the known: numbers of further ones, their values
     rule: Callable[[], TrialScheduler]  # when a trial is stopped
 
     @property
@@ -72,11 +74,11 @@ def run_trials(trials: Trials, say: Say, report: Callable[[list[SweepTrial], dic
         manifests = prepare_splits(base, say, partial(map_chunks, connect=connect))
         _keep_facts(trials, manifests)
         known = read_trials(folder)
-        fresh = sorted({*range(trials.count)} - {trial.number for trial in known})
-        if not fresh and all(trial.ended for trial in known):
+        numbers, proposer = trials.fresh(known)
+        if not numbers and all(trial.ended for trial in known):
             say(f"{trials.kind} {base.name} is finished: {folder.uri}")
         else:
-            _run(trials, base, known, fresh, manifests, say)
+            _run(trials, base, known, numbers, proposer, manifests, say)
         report(read_trials(folder), manifests)
 
 
@@ -106,26 +108,26 @@ def _run(
     trials: Trials,
     base: TrainJobConfig,
     known: list[SweepTrial],
-    fresh: list[int],
+    numbers: list[int],
+    proposer: Proposer,
     manifests: dict[str, Manifest],
     say: Say,
 ) -> None:
     """Run what is left of the trials."""
     folder, workers = trials.folder, base.workers
     interrupted = [trial for trial in known if not trial.ended]
-    left = len(interrupted) + len(fresh)
+    left = len(interrupted) + len(numbers)
     at_once, room = make_room(workers, min(left, trials.concurrent or left))
     if known:
         say(f"goes on: {len(known) - len(interrupted)} trials have ended, {len(interrupted)} were interrupted")
     say(f"{left} trials to run, {at_once} at a time, with {workers.least} workers each")
-    proposer = trials.proposer(len(known))
     for trial in known:
         value = value_of(folder, trial.number)
         if value is not None:
             proposer.tell(trial.number, trial.params, value)
     desk = start_desk()
     shared = Shared(base, folder, {split: ray.put(manifest) for split, manifest in manifests.items()}, room, desk)
-    line = Line(proposer, interrupted, fresh, partial(value_of, folder))
+    line = Line(proposer, interrupted, numbers, partial(value_of, folder))
     scheduler = Politely(trials.rule(), lambda name: ray.get(desk.stop.remote(name)), known)
     retries = workers.max_failures
     _follow(
