@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ import pytest
 from ray_det.report.analysis_page import write_evaluation_page
 from ray_det.report.confusion import confusion_figure, most_confused
 from ray_det.report.page import write_page
-from tests.report.test_page import CHROMIUM, EVIL, Reader
+from tests.report.browser import IN_A_BROWSER, looked_at
+from tests.report.test_page import EVIL, Reader
 
 KINDS = ("classification", "localization", "both", "duplicate", "background", "missed")
 
@@ -115,11 +115,11 @@ def test_frequent_confusions_are_of_two_classes():
     assert [tuple(one) for one in found] == [("b", "a", 3, 1.0), ("a", "b", 2, 2 / 17)]
 
 
-PROBE = """<script>
+PROBE = """(() => {
 const of = (selector) => [...document.querySelectorAll(selector)];
 const size = (e) => { const b = e.getBoundingClientRect(); return [b.width, b.height]; };
 const colour = (e) => getComputedStyle(e).fill;
-document.title = "PROBE " + JSON.stringify({
+return {
   charts: of("svg[data-chart]").map(size), lines: of("svg[data-chart] polyline").map((l) => l.getBBox().width),
   small: of(".small svg").map(size), smallLines: of(".small polyline").map((l) => l.getBBox().width),
   cells: of(".matrix rect").map(size), matrix: size(of(".matrix svg")[0]),
@@ -128,16 +128,14 @@ document.title = "PROBE " + JSON.stringify({
   right: colour(of(".matrix .cell.s0")[0]), wrong: colour(of(".matrix .cell.s1")[0]),
   bars: of(".bars td.bar div").map((d) => size(d)[0]), background: getComputedStyle(document.body).backgroundColor,
   overflow: document.body.scrollWidth > innerWidth,
-});
-</script>"""
+}; })()"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@IN_A_BROWSER
 @pytest.mark.parametrize("classes, dark", [(3, False), (80, True)])
 def test_a_browser_draws_the_analysis(tmp_path, classes, dark):
     page = write_evaluation_page(plant(tmp_path, classes), "looked at")
-    page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
-    probe = looked_at(page, tmp_path / "profile", dark)
+    probe = looked_at(page, PROBE, tmp_path / "profile", dark=dark)
     assert len(probe["charts"]) == 2 and min(width for width, _ in probe["charts"]) > 450
     assert min(probe["lines"]) > 450
     assert len(probe["small"]) == len(probe["smallLines"]) == (79 if classes == 80 else 0)
@@ -148,13 +146,3 @@ def test_a_browser_draws_the_analysis(tmp_path, classes, dark):
     assert probe["bars"][:6] == sorted(probe["bars"][:6]) and probe["bars"][5] > 100
     assert probe["background"] == ("rgb(18, 21, 26)" if dark else "rgb(246, 247, 249)")
     assert not probe["overflow"]
-
-
-def looked_at(page: Path, profile: Path, dark: bool) -> dict:
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    command = [str(CHROMIUM), *quiet.split(), "--disable-component-update", "--disable-sync", "--window-size=1280,2000"]
-    command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={profile}"]
-    dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
-    found = re.search(r"<title>PROBE (.*?)</title>", dom)
-    assert found, dom[:500]
-    return json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))

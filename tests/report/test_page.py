@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import pytest
 
 from ray_det.report.charts import Chart, Series, log_ticks, number, render, round_ticks, running_median, thinned
 from ray_det.report.page import write_page
+from tests.report.browser import IN_A_BROWSER, looked_at
 
 EVIL = "<script>alert('x')</script>&\""
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def plant(folder: Path, epochs: int = 3, steps: int = 20, spike: int = 31) -> Path:
@@ -154,30 +153,22 @@ def test_points_lie_on_their_axes():
     assert a - b > 80
 
 
-PROBE = """<script>
+PROBE = """(() => {
 const svgs = [...document.querySelectorAll("svg[data-chart]")];
 const lines = svgs.map((s) => [...s.querySelectorAll("polyline")].map((l) => l.getBBox()));
 const right = svgs[0].getBoundingClientRect().right;
 svgs[0].dispatchEvent(new PointerEvent("pointermove", {clientX: right - 30, clientY: 300}));
-document.title = "PROBE " + JSON.stringify({
+return {
   charts: svgs.length, widths: lines.map((l) => Math.min(...l.map((b) => b.width))),
   heights: lines.map((l) => Math.max(...l.map((b) => b.height))), seen: svgs[0].getBoundingClientRect().width,
   tip: document.querySelector(".tip:not([hidden])")?.textContent, overflow: document.body.scrollWidth > innerWidth,
-});
-</script>"""
+}; })()"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@IN_A_BROWSER
 def test_a_browser_draws_the_charts(tmp_path):
     page = write_page(plant(tmp_path))
-    page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    command = [CHROMIUM, *quiet.split(), "--disable-component-update", "--disable-sync", "--window-size=1280,2000"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    found = re.search(r"<title>PROBE (.*?)</title>", dom)
-    assert found, dom[:500]
-    probe = json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    probe = looked_at(page, PROBE, tmp_path / "profile")
     assert probe["charts"] == 6
     assert min(probe["widths"]) > 450
     assert min(probe["heights"][:2] + probe["heights"][4:5]) > 100

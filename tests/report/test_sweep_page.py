@@ -10,6 +10,7 @@ import pytest
 from ray_det.report.sweep_charts import Parameter, spanned
 from ray_det.report.sweep_page import importance, sweep_page
 from ray_det.report.sweep_trial import SweepTrial, winner
+from tests.report.browser import IN_A_BROWSER, looked_at
 from tests.report.test_page import EVIL, Reader
 
 RNG = np.random.default_rng(0)
@@ -68,3 +69,26 @@ def test_a_log_axis_has_decades_of_one_length():
     axis = spanned([1e-5, 1e-3], 0, 100, log=True)
     assert axis.pixel(1e-4) - axis.pixel(1e-5) == pytest.approx(axis.pixel(1e-3) - axis.pixel(1e-4))
     assert spanned([0.5, 0.5], 0, 100).pixel(0.5) == pytest.approx(50)
+
+
+PROBE = """(() => {
+const of = (selector) => [...document.querySelectorAll(selector)];
+const width = (e) => e.getBoundingClientRect().width;
+return {
+  charts: of("figure.chart svg").map(width), lines: of("polyline").map((l) => l.getBBox().width),
+  discs: of(".disc").map((d) => getComputedStyle(d).fill), crosses: of(".cross").length,
+  bars: of("td.bar div").map(width), background: getComputedStyle(document.body).backgroundColor,
+  overflow: document.body.scrollWidth > innerWidth,
+}; })()"""
+
+
+@IN_A_BROWSER
+def test_a_browser_draws_the_sweep(tmp_path):
+    page = tmp_path / "sweep.html"
+    page.write_text(page_of(TRIALS))
+    probe = looked_at(page, PROBE, tmp_path / "profile", dark=True)
+    assert len(probe["charts"]) == 5 and min(probe["charts"]) > 450
+    assert len(probe["lines"]) == 2 * len(TRIALS) and min(probe["lines"]) > 100
+    assert len(set(probe["discs"])) > 10 and probe["crosses"] == 13
+    assert probe["bars"][0] > 5 * max(probe["bars"][1:])  # what matters
+    assert probe["background"] == "rgb(18, 21, 26)" and not probe["overflow"]
