@@ -36,7 +36,7 @@ RAY_FROM = 5000
 """Files from which on headers are read by Ray Data tasks: below, starting Ray takes longer than reading them."""
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")  # not where a sweep's trial would have it: among the workers
 def wake() -> None:
     """Importing this module is the work."""
 

@@ -21,6 +21,7 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's run folder has its log
     "RAY_AIR_NEW_OUTPUT": "0",  # its tables are printed whatever `verbose` says
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails in its first epoch has no val/AP
 }
 MEDIAN_OF = 3
 """Trials that the median rule wants before it stops any."""

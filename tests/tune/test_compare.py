@@ -74,6 +74,8 @@ def test_what_is_no_arm_is_named(texts, message):
 def test_a_comparison_goes_on_with_further_arms_and_a_failed_run_is_a_result(small_coco, tmp_path, capfd):
     asked = config(small_coco, tmp_path / "runs", epochs=1)
     asked |= {"wandb": {"mode": "disabled"}, "compare": {"seeds": 2, "resamples": 20}}
+    asked["train"]["max_nonfinite_steps"] = 2  # broken before there is anything to tell Ray Tune
+    asked["workers"] |= {"cpus": 0.5, "max_failures": 0}  # a loader needs more than a worker has
     file, folder = write(asked), tmp_path / "runs" / "sweep"
     assert run_job("compare", "--config", file, "--compare.arms", "zero_padding") == 0
     written = {path: path.stat().st_mtime_ns for path in folder.glob("trial_*/metrics.jsonl")}
