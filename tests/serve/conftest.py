@@ -1,8 +1,9 @@
-"""A checkpoint of a small detector, and pictures of all kinds."""
+"""A checkpoint of a small detector, a real server of it, and pictures of all kinds."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from ray_det.train.checkpoint import TrainState
 from ray_det.train.job import RunFacts
 from ray_det.train.snapshot import Snapshot
 from tests.models.zoo import CLASSES, FAMILIES, build, spread_scores
+from tests.s3 import free_ports
 
-CONFIG = {"name": "cells", "model": FAMILIES["fcos"].model_dump(), "data": {"image_size": 128, "max_pixels": 1 << 18}}
+MAX_BYTES = 1 << 17
+ONGOING, QUEUED = 6, 4
+CONFIG = {"name": "cells", "model": FAMILIES["fcos"].model_dump(), "data": {"image_size": 160, "max_pixels": 1 << 18}}
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +51,18 @@ def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
+
+
+@pytest.fixture(scope="package")
+def url(ray_cluster, checkpoint) -> Iterator[str]:
+    from ray import serve
+
+    from ray_det.serve.deployment import application
+
+    (port,) = free_ports(1)
+    options = {"max_images": 3, "max_bytes": MAX_BYTES, "batch_wait_s": 0.1, "batch_size": 4}
+    options |= {"max_ongoing_requests": ONGOING, "max_queued_requests": QUEUED}
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(application({"checkpoint": str(checkpoint), **options}))
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import io
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -15,29 +14,12 @@ from PIL import Image
 
 import ray_det
 from tests.models.zoo import CLASSES
-from tests.s3 import free_ports
+from tests.serve.conftest import MAX_BYTES, ONGOING, QUEUED
 from tests.serve.same import require_same
 
 pytestmark = pytest.mark.ray
 
 JPEG = {"Content-Type": "image/jpeg"}
-MAX_BYTES = 1 << 17
-ONGOING, QUEUED = 6, 4
-
-
-@pytest.fixture(scope="module")
-def url(ray_cluster, checkpoint) -> Iterator[str]:
-    from ray import serve
-
-    from ray_det.serve.deployment import application
-
-    (port,) = free_ports(1)
-    options = {"max_images": 3, "max_bytes": MAX_BYTES, "batch_wait_s": 0.1, "batch_size": 4}
-    options |= {"max_ongoing_requests": ONGOING, "max_queued_requests": QUEUED}
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(application({"checkpoint": str(checkpoint), **options}))
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +61,7 @@ def test_requests_that_meet_get_the_same_numbers(url, detector, pictures):
         images = [reply.result().json()["images"][0] for reply in alone] + together.result().json()["images"]
     assert [image["name"] for image in images] == ["", "", "", *names]
     for name, image in zip(names * 2, images, strict=True):
-        require_same(image, detector.predict([pictures[name]])[0], CLASSES)
+        require_same(image, detector.predict([pictures[name]])[0], CLASSES, rtol=1e-5)
 
 
 def test_min_score(url, pictures):
@@ -151,7 +133,7 @@ def test_an_overload_is_refused_and_passes(url, pictures):
 def test_model_health_and_page(url):
     model = requests.get(f"{url}/model", timeout=30).json()
     assert model["classes"] == CLASSES.to_json()
-    assert (model["name"], model["image_size"], model["global_step"], model["val_ap"]) == ("cells", 128, 7, 0.25)
+    assert (model["name"], model["image_size"], model["global_step"], model["val_ap"]) == ("cells", 160, 7, 0.25)
     assert model["limits"] == {"bytes": MAX_BYTES, "pixels": 1 << 18, "images": 3}
     assert requests.get(f"{url}/health", timeout=30).json() == {"status": "ok"}
     assert requests.get(f"{url}/-/healthz", timeout=30).text == "success"  # the proxy's own

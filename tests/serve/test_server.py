@@ -33,13 +33,13 @@ def test_batch_mates_do_not_matter(server, detector, pictures, monkeypatch):
         return detect(batches)
 
     monkeypatch.setattr(server._predictor, "detect", noted)
-    contents = [*pictures.values()] * 2
+    contents = [*pictures.values()]
     prepared = [detector.prepare(content) for content in contents]
     canvases = [one.pixels_BHW3.shape[1:3] for one in prepared]
     for content, found in zip(contents, server._forward(prepared), strict=True):
         (alone,) = detector.predict([content])
         assert len(alone.scores_N) > 0
-        np.testing.assert_allclose(found.boxes_N4, alone.boxes_N4, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(found.boxes_N4, alone.boxes_N4, rtol=1e-5, atol=1e-4)  # hundreds of pixels
         np.testing.assert_allclose(found.scores_N, alone.scores_N, rtol=0, atol=1e-4)
         assert np.array_equal(found.labels_N, alone.labels_N)
     assert len(passes) == len(set(canvases)) > 1
