@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,7 +25,8 @@ SEEN = """(() => {
       bbox: [x - frame.x, y - frame.y, width, height].map((pixels) => pixels / frame.width) };
   };
   return { frame: [frame.x, frame.y, frame.width, frame.height], count: document.getElementById("count").textContent,
-    boxes: [...document.querySelectorAll(".box")].reverse().map(place), rows: document.querySelectorAll("tbody tr").length,
+    boxes: [...document.querySelectorAll(".box")].reverse().map(place),
+    rows: document.querySelectorAll("tbody tr").length,
     trouble: document.getElementById("trouble").hidden ? "" : document.getElementById("trouble").textContent,
     background: getComputedStyle(document.body).backgroundColor, overflow: document.body.scrollWidth > innerWidth };
 })()"""
@@ -34,6 +36,10 @@ SEEN = """(() => {
 def page(tmp_path):
     with tab(str(CHROMIUM), tmp_path / "profile") as opened:
         yield opened
+
+
+def answered(url: str, content: bytes) -> dict[str, Any]:
+    return requests.post(f"{url}/predict", data=content, timeout=60).json()["images"][0]
 
 
 def wait_for(page: Tab, name: str) -> None:
@@ -46,17 +52,14 @@ def score_from(page: Tab, value: float) -> None:
       slider.value = {value}; slider.dispatchEvent(new Event("input")); }})()""")
 
 
-def require_boxes(seen: dict, answer: dict) -> None:
+def require_boxes(seen: dict[str, Any], answer: dict[str, Any]) -> None:
     """Drawn where the answer has them, best first, to a pixel of the screen."""
     assert len(seen["boxes"]) == seen["rows"] == len(answer["detections"]) > 0
     for box, one in zip(seen["boxes"], answer["detections"], strict=True):
         assert box["text"] == f"{one['class']} {one['score']:.2f}"
-        x, y, width, height = one["bbox"]
-        thick = [max(width, 0), max(height, 0)]  # a border has two pixels on each side, also where a box has none
-        scale = seen["frame"][2] / answer["width"]
-        found = np.array(box["bbox"]) * seen["frame"][2]
-        np.testing.assert_allclose(found[:2], np.array([x, y]) * scale, atol=1)
-        np.testing.assert_allclose(found[2:], np.maximum(np.array(thick) * scale, 4), atol=1)
+        wanted = np.array(one["bbox"]) * seen["frame"][2] / answer["width"]
+        wanted[2:] = np.maximum(wanted[2:], 4)  # two borders of two pixels, also where a box has no width
+        np.testing.assert_allclose(np.array(box["bbox"]) * seen["frame"][2], wanted, rtol=0, atol=1)
 
 
 def test_a_picture_that_is_chosen_and_one_that_is_dropped(page, url, pictures, tmp_path):
@@ -68,7 +71,7 @@ def test_a_picture_that_is_chosen_and_one_that_is_dropped(page, url, pictures, t
     page.choose("#file", tmp_path / "test_0002.jpg")
     score_from(page, 0)
     wait_for(page, "test_0002.jpg")
-    answer = requests.post(f"{url}/predict", data=pictures["test_0002.jpg"], timeout=60).json()["images"][0]
+    answer = answered(url, pictures["test_0002.jpg"])
     seen = page.value(SEEN)
     require_boxes(seen, answer)
     assert seen["count"] == f"{len(answer['detections'])} of {len(answer['detections'])} detections"
@@ -80,9 +83,7 @@ def test_a_picture_that_is_chosen_and_one_that_is_dropped(page, url, pictures, t
     page.drop(tmp_path / "turned.jpg", 600, 60)
     wait_for(page, "turned.jpg")
     score_from(page, 0)
-    require_boxes(
-        page.value(SEEN), requests.post(f"{url}/predict", data=pictures["turned.jpg"], timeout=60).json()["images"][0]
-    )
+    require_boxes(page.value(SEEN), answered(url, pictures["turned.jpg"]))
     require_as_stored(page, pictures["turned.jpg"], tmp_path)
 
     (tmp_path / "text.jpg").write_bytes(b"hello")
@@ -99,11 +100,9 @@ def require_as_stored(page: Tab, content: bytes, tmp_path: Path) -> None:
     page.screenshot(tmp_path / "seen.png")
     x, y, width, height = map(round, page.value(SEEN)["frame"])
     seen = Image.open(tmp_path / "seen.png").convert("RGB").crop((x, y, x + width, y + height))
-    small = [
-        np.asarray(image.resize((16, 16)), float) for image in (seen, Image.open(io.BytesIO(content)).convert("RGB"))
-    ]
-    turned = np.asarray(Image.open(io.BytesIO(content)).convert("RGB").rotate(-90, expand=True).resize((16, 16)), float)
-    assert np.abs(small[0] - small[1]).mean() < 5 < np.abs(small[0] - turned).mean()
+    stored = Image.open(io.BytesIO(content)).convert("RGB")
+    pixels = [np.asarray(image.resize((16, 16)), float) for image in (seen, stored, stored.rotate(-90, expand=True))]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 5 < np.abs(pixels[0] - pixels[2]).mean()
 
 
 def test_light_and_dark(page, url):
