@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from ray_det.train.checkpoint import TrainState
@@ -25,10 +24,9 @@ CONFIG = {"name": "cells", "model": FAMILIES["fcos"].model_dump(), "data": {"ima
 def checkpoint(tmp_path_factory) -> Path:
     """Of a detector that finds something everywhere."""
     detector = spread_scores(build("fcos"))
-    optimizer = torch.optim.AdamW(detector.parameters())
     folder = tmp_path_factory.mktemp("served") / "checkpoint"
     facts = RunFacts(CONFIG, CLASSES, {}, "id")
-    Snapshot.of(detector, optimizer, TrainState(global_step=7, best_ap=0.25), facts).write(folder)
+    Snapshot.of(detector, None, TrainState(global_step=7, best_ap=0.25), facts).write(folder)
     return folder
 
 
