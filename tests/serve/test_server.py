@@ -11,6 +11,7 @@ from ray_det.predict.predictor import open_checkpoint
 from ray_det.serve.config import ServeConfig
 from ray_det.serve.page import HEADERS, page
 from ray_det.serve.server import Server
+from ray_det.types import UserError
 from tests.models.zoo import CPU
 
 
@@ -44,6 +45,13 @@ def test_batch_mates_do_not_matter(server, detector, pictures, monkeypatch):
         assert np.array_equal(found.labels_N, alone.labels_N)
     assert len(passes) == len(set(canvases)) > 1
     assert {shape[1:3]: shape[0] for shape in passes} == {one: canvases.count(one) for one in canvases}
+
+
+def test_the_servers_own_limit_of_pixels_counts(checkpoint, pictures):
+    config = ServeConfig(checkpoint=str(checkpoint), max_pixels=1000)
+    predictor = Server(open_checkpoint(str(checkpoint)), CPU, 1, config)._predictor
+    with pytest.raises(UserError, match="more pixels than max_pixels 1000"):
+        predictor.prepare(pictures["gray.jpg"])
 
 
 def test_a_dead_device_is_told(checkpoint, detector, pictures, monkeypatch):
