@@ -67,7 +67,11 @@ class Tab:
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+        """A PNG of the whole page, also of what has to be scrolled to."""
+        width, height = self.value("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        picture = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(picture))
 
 
 @contextmanager
