@@ -34,9 +34,9 @@ def serve_until_stopped(config: ServeConfig) -> None:
     """
     open_checkpoint(config.checkpoint)  # what is wrong with it is said before anything starts
     config = config.model_copy(update={"checkpoint": Folder.at(config.checkpoint).uri})
-    with signals() as asked:
-        local = not os.environ.get("RAY_ADDRESS")
-        config = _start_here(config) if local else _connect(config)
+    local = not os.environ.get("RAY_ADDRESS")
+    config = _start_here(config) if local else _connect(config)
+    with signals() as asked:  # from here on: Ray's start takes SIGTERM for itself
         try:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(

@@ -87,7 +87,7 @@ def tab(chromium: str, profile: Path, size: str = "1280,1000") -> Iterator[Tab]:
             time.sleep(0.05)
         pages = requests.get(f"http://127.0.0.1:{port.read_text().split()[0]}/json/list", timeout=PATIENCE_S).json()
         address = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-        with connect(address, max_size=None) as socket:
+        with connect(address, max_size=None, open_timeout=PATIENCE_S) as socket:
             yield Tab(socket)
     finally:
         process.terminate()
