@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "step": "one optimizer step on ready batches",
     "train": "images/s from files to weights",
     "eval": "COCO scoring",
+    "serve": "requests/s and latencies of a served model, and an overload of it",
     "startup": "seconds to the first optimizer step",
     "plan": "the plan of an epoch: padded pixels, seconds, memory",
     "checkpoint": "how long training waits for a checkpoint",

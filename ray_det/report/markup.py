@@ -19,8 +19,8 @@ BOXES = '<p class="boxes"><i class="true"></i>true<i class="found"></i>predicted
 """What is what in pictures."""
 
 
-def document(name: str, body: str) -> str:
-    """A page that fetches nothing; `body` is HTML."""
+def document(name: str, body: str, script: Path = HERE / "page.js") -> str:
+    """A page that fetches nothing; `body` is HTML, `script` a file."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -35,7 +35,7 @@ def document(name: str, body: str) -> str:
 {body}
 </main>
 <script>
-{(HERE / "page.js").read_text(encoding="utf-8")}</script>
+{script.read_text(encoding="utf-8")}</script>
 </body>
 </html>
 """
