@@ -5,7 +5,8 @@ Shape legend: B images of a micro-batch, H W canvas pixels, N boxes of one image
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -94,6 +95,19 @@ class MicroBatch:
     labels_N: list[np.ndarray]  # B arrays, int64 contiguous labels
     skipped_B: tuple[str, ...] = ()  # why an image is blank in place of its picture, "" where it is not; empty: none is
     skipped_partners: tuple[tuple[int, str], ...] = ()  # (image id, why) of those missing from pictures of other images
+
+    @classmethod
+    def joined(cls, parts: Sequence[MicroBatch]) -> MicroBatch:
+        """One batch of the images of several, which have one canvas and in which no image is skipped."""
+        return replace(
+            parts[0],
+            pixels_BHW3=np.concatenate([part.pixels_BHW3 for part in parts]),
+            sizes_B2=np.concatenate([part.sizes_B2 for part in parts]),
+            orig_sizes_B2=np.concatenate([part.orig_sizes_B2 for part in parts]),
+            image_ids_B=np.concatenate([part.image_ids_B for part in parts]),
+            boxes_N4=[boxes for part in parts for boxes in part.boxes_N4],
+            labels_N=[labels for part in parts for labels in part.labels_N],
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,12 @@ def open_checkpoint(location: str) -> Checkpoint:
 class Predictor:
     """A detector with its classes. Boxes are in pixels of the stored image; EXIF orientations are not applied."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, limits: ImageLimits | None = None) -> None:
+        """`limits`: of image files; default: as in training."""
         self.classes: ClassList = checkpoint.classes
         self.device = device
         self._config = checkpoint.config
+        self._limits = limits or checkpoint.config.data.limits
         self._detector: Detector = checkpoint.build(device)
 
     def predict(self, images: Sequence[Any]) -> list[Detections]:
@@ -65,20 +67,34 @@ class Predictor:
         Raises:
             UserError: an image cannot be read.
         """
+        found = self.detect(self.prepare(image, i) for i, image in enumerate(images))
+        return [detections for batch in found for detections in batch]
+
+    def prepare(self, image: Any, image_id: int = 0) -> MicroBatch:
+        """A batch of one image, on the canvas that it has in training's evaluations; needs no device.
+
+        Raises:
+            UserError: the image, as in `predict`, cannot be read.
+        """
+        return self._batch(image_id, *self._decode(image))
+
+    def detect(self, batches: Iterable[MicroBatch]) -> Iterator[list[Detections]]:
+        """Detections of every batch's images, by a forward pass each. Images of one canvas make one batch
+        (`MicroBatch.joined`), and find what they find alone.
+        """
         bf16 = use_bf16(self._config.train.precision, self.device)
-        batches = (self._batch(i, *self._decode(image)) for i, image in enumerate(images))
-        found: Iterator = infer(self._detector, batches, self.device, bf16=bf16)
-        return [detections for inferred in found for detections in inferred.detections]
+        for inferred in infer(self._detector, batches, self.device, bf16=bf16):
+            yield inferred.detections
 
     def _decode(self, image: Any) -> tuple[np.ndarray, tuple[int, int]]:
         """Pixels, of a file as `data.scaled_decode` has it, and (h, w) as stored."""
         data = self._config.data
         if not data.scaled_decode or not isinstance(image, str | Path | bytes):
-            pixels = to_pixels(image, data.limits)
+            pixels = to_pixels(image, self._limits)
             return pixels, (pixels.shape[0], pixels.shape[1])
-        content = image if isinstance(image, bytes) else read_bytes(str(image), data.max_bytes)
+        content = image if isinstance(image, bytes) else read_bytes(str(image), self._limits.bytes)
         name = "<bytes>" if isinstance(image, bytes) else str(image)
-        return decode_for(content, name, lambda size: shrink_of(whole(size, self._fit(size))), data.limits)
+        return decode_for(content, name, lambda size: shrink_of(whole(size, self._fit(size))), self._limits)
 
     def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
         data = self._config.data
