@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ SHARD = "shard_number"
 """Column that every shard has, the same in all of its rows."""
 SHARDS, SMALLEST, LARGEST = 64, 64, 1024
 """A prediction has about so many shards, each of so many images."""
+
+_MAGIC = re.compile(r"[*?[]")
 
 
 class InputImage(NamedTuple):
@@ -110,16 +113,21 @@ def require_unique(ids: pa.ChunkedArray, where: str) -> None:
         raise UserError(f"image ids must be different, and {where} has {twice or 'null'} more than once")
 
 
+def is_glob(source: str) -> bool:
+    """A file of such a name is one."""
+    return bool(_MAGIC.search(source)) and (paths.has_scheme(source) or not Path(paths.absolute(source)).exists())
+
+
 def find(source: str) -> tuple[str, list[str]]:
     """(root, sorted names of all files under it that `source` names)."""
     source = paths.absolute(source)
-    if not any(c in source for c in "*?[") or (not paths.has_scheme(source) and Path(source).exists()):
+    if not is_glob(source):
         if files.is_file(source):
             root, _, name = source.rpartition("/")
             return root, [name]
         return source, files.listing(source)
     parts = source.split("/")
-    first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
     root = "/".join(parts[:first])
     if paths.has_scheme(source):
         return root, [name for name in files.listing(root) if _fits(name.split("/"), parts[first:])]

@@ -1,4 +1,4 @@
-"""A checkpoint over many images on Ray's train workers: what `jobs/eval.py` and `jobs/predict.py` run."""
+"""A checkpoint over a data set on Ray's train workers, gathered to be scored: what `jobs/eval.py` runs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ from ray_det.data.pipeline import Loaders
 from ray_det.evaluate.gather import gather_lists, require_each_once
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import infer_split, readable_rows
+from ray_det.predict.output import COCO, DETECTIONS, detections_table
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
 from ray_det.train.skipped import LIST, Skipped, skipped_in
 from ray_det.train.step import make_deterministic, use_bf16
 from ray_det.types import ClassList, Detections, UserError
-
-DETECTIONS, COLUMNS = "detections.json", "detections.parquet"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class InferJob:
     manifest: Manifest
     output: Folder
     batch_size: int | None  # None: as in the training of the checkpoint
-    min_score: float
     on_bad_image: str | None = None  # None: as in the training of the checkpoint
 
 
@@ -113,8 +111,8 @@ def _worker(config: dict[str, Any]) -> None:
 def read_results(output: Folder, manifest: Manifest) -> Results:
     """What `infer_on_workers` wrote for this manifest, to the last bit."""
     with tempfile.TemporaryDirectory() as scratch:
-        output.download(Path(scratch) / COLUMNS, COLUMNS)
-        table = pq.read_table(Path(scratch) / COLUMNS)
+        output.download(Path(scratch) / DETECTIONS, DETECTIONS)
+        table = pq.read_table(Path(scratch) / DETECTIONS)
     return Results(
         manifest.table["image_id"].to_numpy()[readable_rows(manifest)],
         table["image_id"].to_numpy(),
@@ -130,18 +128,10 @@ def _write(job: InferJob, results: Results, classes: ClassList) -> None:
     by_id = np.argsort(image_ids)
     row_N = by_id[np.searchsorted(image_ids, results.image_of_N, sorter=by_id)]
     order = np.argsort(row_N, kind="stable")
-    order = order[results.scores_N[order] >= job.min_score]
     results = results.take(order)
-    job.output.write_text(DETECTIONS, json.dumps(results.to_coco(classes)))
-    columns = {
-        "image_id": pa.array(results.image_of_N),
-        "file_name": job.manifest.table["uri"].take(pa.array(row_N[order])),
-        "category_id": pa.array(np.array(classes.category_ids, np.int64)[results.labels_N]),
-        "class": pa.array(classes.names, pa.string()).take(pa.array(results.labels_N)),
-        "score": pa.array(results.scores_N),
-        "bbox": pa.FixedSizeListArray.from_arrays(pa.array(results.boxes_N4.ravel()), 4),  # xywh, stored pixels
-    }
+    job.output.write_text(COCO, json.dumps(results.to_coco(classes)))
+    names = job.manifest.table["uri"].take(pa.array(row_N[order]))
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / COLUMNS
-        pq.write_table(pa.table(columns), path)
+        path = Path(scratch) / DETECTIONS
+        pq.write_table(detections_table(results, names, classes), path)
         job.output.upload(path, path.name)

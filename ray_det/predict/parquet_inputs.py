@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray_det.predict.inputs import (
     Inputs,
     file_inputs,
     find,
+    is_glob,
     listed_inputs,
     require_unique,
     shard_size,
@@ -39,13 +41,15 @@ def read_inputs(source: str, ids_from: str | None, shard_images: int | None, out
     Raises:
         UserError: there is no image, no column that is known, or an id is there twice.
     """
-    names = [source] if source.endswith(".parquet") else []
-    root, found = find(source) if not names or not files.is_file(paths.absolute(source)) else ("", names)
+    root, found = find(source)
     parquet = [name for name in found if name.endswith(".parquet") and not f"{root}/{name}".startswith(f"{output}/")]
+    if not parquet and source.endswith(".parquet") and not is_glob(source):
+        raise UserError(f"no such file: {source}")
     if not parquet or paths.images(found):
         return listed_inputs(source, ids_from, shard_images, output)
-    tables = [paths.absolute(paths.join(root, name) if root else name) for name in parquet]
-    schema = _opened(tables[0]).schema_arrow
+    tables = [paths.join(root, name) for name in parquet]
+    with _opened(tables[0]) as file:
+        schema = file.schema_arrow
     if len(tables) == 1 and METADATA_KEY in (schema.metadata or {}):
         manifest = read_manifest(tables[0])
         rows = manifest.table.select(["image_id", "uri", *PLACE])
@@ -56,7 +60,9 @@ def read_inputs(source: str, ids_from: str | None, shard_images: int | None, out
     ids = "image_id" if "image_id" in schema.names else None
     if content is not None:
         if ids_from is not None:
-            raise UserError("--ids_from takes names of files; images in a Parquet have their ids in its column image_id")
+            raise UserError(
+                "--ids_from takes names of files; images in a Parquet have their ids in its column image_id"
+            )
         return _row_inputs(tables, content, name, ids, shard_images)
     if name is None:
         raise UserError(
@@ -94,22 +100,17 @@ def _row_inputs(tables: list[str], content: str, name: str | None, ids: str | No
 
 def _read_rows(content: str, name: str | None, ids: str | None, shard: pa.Table) -> Iterator[InputImage]:
     (part,) = shard.to_pylist()
-    parquet, passed = _opened(part["parquet"]), 0
-    columns = [column for column in (content, name, ids) if column is not None]
-    try:
+    columns, passed = [column for column in (content, name, ids) if column is not None], 0
+    with _opened(part["parquet"]) as parquet:
         for batch in parquet.iter_batches(READ_ROWS, row_groups=[part["group"]], columns=columns):
-            rows = range(passed, passed + len(batch))
-            passed += len(batch)
+            first, passed = passed, passed + len(batch)
             if passed <= part["start"]:
                 continue
-            for i, row in zip(rows, batch.to_pylist(), strict=True):
-                at = i - part["start"]
-                if 0 <= at < part["count"]:
-                    yield _row(row, content, name, ids, part["first"] + at)
+            for i, row in enumerate(batch.to_pylist(), start=first - part["start"]):
+                if 0 <= i < part["count"]:
+                    yield _row(row, content, name, ids, part["first"] + i)
             if passed >= part["start"] + part["count"]:
                 return
-    except (OSError, pa.ArrowException) as error:
-        raise _broken(part["parquet"], error) from error
 
 
 def _row(row: dict[str, Any], content: str, name: str | None, ids: str | None, number: int) -> InputImage:
@@ -122,7 +123,7 @@ def _row(row: dict[str, Any], content: str, name: str | None, ids: str | None, n
         if image is None:
             raise UserError("the input has no bytes for it")
         if len(image) > max_bytes:
-            raise files.too_large(len(image), max_bytes)
+            raise UserError(str(files.too_large(len(image), max_bytes)))
         return image
 
     return InputImage(row[ids] if ids else number, label or "", read)
@@ -139,27 +140,21 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _group_rows(path: str) -> list[int]:
-    about = _opened(path).metadata
-    return [about.row_group(i).num_rows for i in range(about.num_row_groups)]
-
-
-def _opened(path: str) -> pq.ParquetFile:
-    """Raises UserError: no such file, or no Parquet."""
-    try:
-        return pq.ParquetFile(files.open_binary(path), buffer_size=1 << 20)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (OSError, pa.ArrowException) as error:
-        raise _broken(path, error) from error
+    with _opened(path) as parquet:
+        return [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
 
 
 def _read(path: str, columns: list[str]) -> pa.Table:
+    with _opened(path) as parquet:
+        return parquet.read(columns)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    """Raises UserError: no Parquet, or a broken one."""
     try:
-        return _opened(path).read(columns)
+        with files.open_binary(path) as file:
+            yield pq.ParquetFile(file, buffer_size=1 << 20)
     except (OSError, pa.ArrowException) as error:
-        raise _broken(path, error) from error
-
-
-def _broken(path: str, error: Exception) -> UserError | StorageError:
-    kind = StorageError if paths.has_scheme(path) and not isinstance(error, pa.ArrowException) else UserError
-    return kind(f"cannot read {path}: {' '.join(str(error).split())}")
+        kind = StorageError if paths.has_scheme(path) and not isinstance(error, pa.ArrowException) else UserError
+        raise kind(f"cannot read {path}: {' '.join(str(error).split())}") from error
