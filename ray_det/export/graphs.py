@@ -1,7 +1,7 @@
 """A detector's whole prediction as a function of tensors: pixels and sizes in, boxes, scores and labels out.
 
-It answers as the detector's `predict`, in shapes that are known beforehand: where fewer boxes are found than places, the
-others have score 0 and label -1.
+It answers as the detector's `predict`, in shapes that are known beforehand: where fewer boxes are found than places,
+the others have score 0 and label -1.
 
 Shape legend: B images, H W canvas pixels, N boxes of one image, K boxes of the answer, A anchors, C classes.
 """

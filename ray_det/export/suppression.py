@@ -17,7 +17,7 @@ _MANY = 0x7FFFFFFFFFFFFFFF
 
 @torch.library.custom_op("ray_det::nms_mask", mutates_args=())
 def nms_mask(boxes_BN4: Tensor, scores_BN: Tensor, groups_BN: Tensor, groups: int, iou: float) -> Tensor:
-    """bool (B, N): boxes that NMS keeps within their group (0..groups - 1). A score of 0 marks a place without a box."""
+    """bool (B, N): boxes that NMS keeps within their group (0..groups - 1). Places of score 0 have none."""
     kept = torch.zeros_like(scores_BN, dtype=torch.bool)
     for boxes, scores, group, row in zip(boxes_BN4, scores_BN, groups_BN, kept, strict=True):
         there = torch.where(scores > 0)[0]

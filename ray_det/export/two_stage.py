@@ -17,7 +17,7 @@ from ray_det.models.detector import Batch
 from ray_det.models.torchvision_adapter import TwoStageDetector
 
 CANDIDATES = 4096
-"""Boxes of all classes that enter the second stage's NMS, the best of them: torchvision takes all above its threshold."""
+"""The best boxes of all classes, which enter the second stage's NMS: torchvision takes all above its threshold."""
 PROPOSAL_SIDE, BOX_SIDE = 1e-3, 1e-2
 """Shortest sides, pixels; the second is written into torchvision's code."""
 
@@ -41,7 +41,7 @@ class TwoStageGraph(Graph):
         shape = (*objectness_BP.shape, -1)
         scores_BPC = logits.softmax(-1)[:, 1:].reshape(shape)
         classes = scores_BPC.shape[2]
-        boxes = heads.box_coder.decode_single(codes, proposals_BP4.flatten(0, 1)).reshape(len(logits), -1, 4)[:, 1:]
+        boxes = heads.box_coder.decode_single(codes, proposals_BP4.flatten(0, 1)).reshape(logits.shape[0], -1, 4)[:, 1:]
         boxes_BN4 = clipped(boxes.reshape(objectness_BP.shape[0], -1, 4), sizes_B2)
         there = (scores_BPC > heads.score_thresh) & (objectness_BP > 0)[:, :, None]
         scores_BN = torch.where(there, scores_BPC, torch.zeros_like(scores_BPC)).flatten(1)
