@@ -9,7 +9,7 @@ Shape legend: B images, H W canvas pixels, N boxes of one image, K boxes of the 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +22,21 @@ from ray_det.models.detector import Batch, Detector, pixel_mask
 from ray_det.models.torchvision_adapter import DenseDetector
 from ray_det.models.transformers_adapter import DETECTIONS_PER_IMAGE, TransformersDetector
 
+D = TypeVar("D", bound=Detector)
 Answer = tuple[Tensor, Tensor, Tensor]
 """boxes float32 (B, K, 4) xyxy in canvas pixels, scores float32 (B, K), labels int64 (B, K)"""
 
 
-class Graph(nn.Module):
+class Graph(nn.Module, Generic[D]):
     """The base of all: normalises, hides the padding, and names what is no box.
 
     Args:
         detector: whose modules are used as they are.
     """
 
-    detector: Detector
+    detector: D
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: D) -> None:
         super().__init__()
         self.detector = detector
 
@@ -61,10 +62,8 @@ class Graph(nn.Module):
         """Boxes inside the real pixels, with a score of 0 where there is none."""
 
 
-class TransformersGraph(Graph):
+class TransformersGraph(Graph[TransformersDetector]):
     """Detection transformers: the best of a fixed number of queries."""
-
-    detector: TransformersDetector
 
     @property
     def places(self) -> int:
@@ -89,10 +88,8 @@ class TransformersGraph(Graph):
         return clipped(torch.stack([x0 * width, y0 * height, x1 * width, y1 * height], -1), sizes_B2), scores, labels
 
 
-class DenseGraph(Graph):
+class DenseGraph(Graph[DenseDetector]):
     """FCOS and RetinaNet."""
-
-    detector: DenseDetector
 
     @property
     def places(self) -> int:

@@ -30,17 +30,20 @@ INPUTS, OUTPUTS = ("images", "sizes"), ("boxes", "scores", "labels")
 LARGEST_BATCH, LARGEST_SIDE = 1024, 8192
 
 
-def graph_of(detector: Detector) -> Graph:
+def graph_of(detector: Detector) -> Graph[Any]:
     """Raises UserError: a detector of no known kind."""
-    for kind, graph in ((DenseDetector, DenseGraph), (TwoStageDetector, TwoStageGraph)):
-        if isinstance(detector, kind):
-            return graph(detector).eval()
+    if isinstance(detector, DenseDetector):
+        return DenseGraph(detector).eval()
+    if isinstance(detector, TwoStageDetector):
+        return TwoStageGraph(detector).eval()
     if isinstance(detector, TransformersDetector):
         return TransformersGraph(detector).eval()
     raise UserError(f"{type(detector).__name__} cannot be exported to ONNX")
 
 
-def write_onnx(graph: Graph, path: Path, canvas: tuple[int, int], *, dynamic: bool, about: Mapping[str, str]) -> None:
+def write_onnx(
+    graph: Graph[Any], path: Path, canvas: tuple[int, int], *, dynamic: bool, about: Mapping[str, str]
+) -> None:
     """Write the graph, for any number of images.
 
     Args:
@@ -78,9 +81,20 @@ def write_onnx(graph: Graph, path: Path, canvas: tuple[int, int], *, dynamic: bo
         raise UserError(f"torch.onnx cannot export {net} {what} ({type(error).__name__}: {line})") from error
     assert program is not None
     model = program.model_proto
+    _name_sides(model.graph)
     onnx.helper.set_model_props(model, dict(about))
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
+
+
+def _name_sides(graph: Any) -> None:
+    """The exporter calls what may vary s12 and 32*s7."""
+    images = next(one for one in graph.input if one.name == INPUTS[0]).type.tensor_type.shape.dim
+    names = dict(zip((images[i].dim_param for i in (0, 2, 3)), ("batch", "height", "width"), strict=True))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for side in value.type.tensor_type.shape.dim:
+            if side.dim_param in names:
+                side.dim_param = names[side.dim_param]
 
 
 @contextmanager

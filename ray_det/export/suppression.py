@@ -32,7 +32,9 @@ def _(boxes_BN4: Tensor, scores_BN: Tensor, groups_BN: Tensor, groups: int, iou:
 
 def onnx_operators() -> dict[Any, Any]:
     """What `torch.onnx.export` takes for operators that it does not know."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types know tensors alone, where it takes numbers and lists too
 
     def nms(boxes: Any, scores: Any, group: Any, groups: int, iou: float) -> Any:
         known = op.Reshape(op.Range(0, groups, 1), [1, -1, 1])

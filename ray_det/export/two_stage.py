@@ -18,14 +18,12 @@ from ray_det.models.torchvision_adapter import TwoStageDetector
 
 CANDIDATES = 4096
 """The best boxes of all classes, which enter the second stage's NMS: torchvision takes all above its threshold."""
-PROPOSAL_SIDE, BOX_SIDE = 1e-3, 1e-2
-"""Shortest sides, pixels; the second is written into torchvision's code."""
+BOX_SIDE = 1e-2
+"""Shortest side of a box, pixels, as it is written into torchvision's code."""
 
 
-class TwoStageGraph(Graph):
+class TwoStageGraph(Graph[TwoStageDetector]):
     """Faster R-CNN."""
-
-    detector: TwoStageDetector
 
     @property
     def places(self) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ray_det.models.build import build_detector
+from ray_det.models.detector import Detector
 from ray_det.train.checkpoint import TrainState
 from ray_det.train.job import RunFacts
 from ray_det.train.snapshot import Snapshot
@@ -21,7 +22,10 @@ CLASSES = ClassList(("disc", "box", "triangle"), (1, 3, 7))
 
 def write_checkpoint(folder: Path, family: str = "fcos", seed: int = 0, **data: object) -> Path:
     torch.manual_seed(seed)
-    detector = spread_scores(build_detector(FAMILIES[family], CLASSES)[0])
+    return save_checkpoint(spread_scores(build_detector(FAMILIES[family], CLASSES)[0]), family, folder, **data)
+
+
+def save_checkpoint(detector: Detector, family: str, folder: Path, **data: object) -> Path:
     config = {
         "model": FAMILIES[family].model_dump(),
         "data": {"image_size": 96} | data,

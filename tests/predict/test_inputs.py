@@ -20,8 +20,10 @@ from ray_det.types import UserError
 LIMIT = 1 << 20
 
 
-def read(source: object, ids_from: object = None, shard_images: int | None = None, output: object = "/none") -> Inputs:
-    return read_inputs(str(source), ids_from and str(ids_from), shard_images, str(output))
+def read(
+    source: object, ids_from: Path | None = None, shard_images: int | None = None, output: object = "/none"
+) -> Inputs:
+    return read_inputs(str(source), None if ids_from is None else str(ids_from), shard_images, str(output))
 
 
 def images(inputs: Inputs) -> list[InputImage]:
