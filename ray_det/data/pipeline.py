@@ -6,6 +6,7 @@ nothing has to be split between ranks, and resuming is a shorter assignment.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -109,6 +110,7 @@ def configure(context: ray.data.DataContext) -> None:
     context.target_max_block_size = None  # a block is what a task yields
     context.execution_no_progress_timeout_s = -1  # it also counts the time in which the consumer pauses, to validate
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised: the logs would say them again
 
 
 def _check_turn(batch: MicroBatch, key: np.ndarray) -> None:

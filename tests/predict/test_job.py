@@ -35,7 +35,7 @@ def written(output: Path) -> dict[str, int]:
 def test_it_writes_all_images_once_and_does_only_what_is_missing(checkpoint, photos, tmp_path, capfd):
     output = tmp_path / "out"
     arguments = ("--checkpoint", checkpoint, "--input", photos, "--output", output, "--shard_images", 4)
-    arguments += ("--pictures", 2, "--workers.num", 2, "--workers.threads", 1)
+    arguments += ("--pictures", 2, "--workers.num", 1, "--workers.threads", 1)
     assert run_job("predict", *arguments) == 0
     said = capfd.readouterr().out
     assert re.search(r"^\[#+\.*\] \d+/9  images", said, re.M) and not re.search(r"[\x00-\x09\x0b-\x1f]", said), said
@@ -54,17 +54,17 @@ def test_it_writes_all_images_once_and_does_only_what_is_missing(checkpoint, pho
 
     before, text = written(output), (output / "detections.json").read_text()
     assert run_job("predict", *arguments) == 0 and written(output) == before
-    (output / "images.parquet" / "part-000001.parquet").unlink()
+    (output / "images.parquet" / "part-000000.parquet").unlink()
+    capfd.readouterr()
+    assert run_job("predict", *arguments, "--on_bad_image", "fail") == 2
+    error = capfd.readouterr().err.strip()
+    assert "image 1 cannot be read: cut.jpg" in error and len(error.splitlines()) == 1, error
     assert run_job("predict", *arguments) == 0
     assert "5 of 9 images are done already" in capfd.readouterr().out
     after = written(output)
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"images.parquet/part-000001.parquet", "detections.parquet/part-000001.parquet"}
+    assert changed == {"images.parquet/part-000000.parquet", "detections.parquet/part-000000.parquet"}
     assert (output / "detections.json").read_text() == text
-
-    assert run_job("predict", *arguments, "--on_bad_image", "fail", "--overwrite") == 2
-    error = capfd.readouterr().err.strip()
-    assert "image 1 cannot be read: cut.jpg" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.usefixtures("ray_cluster")
