@@ -93,7 +93,7 @@ def _name_sides(graph: Any) -> None:
     names = dict(zip((images[i].dim_param for i in (0, 2, 3)), ("batch", "height", "width"), strict=True))
     for value in (*graph.input, *graph.output, *graph.value_info):
         for side in value.type.tensor_type.shape.dim:
-            if side.dim_param in names:
+            if side.dim_param and side.dim_param in names:  # a fixed side has no name
                 side.dim_param = names[side.dim_param]
 
 

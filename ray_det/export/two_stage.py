@@ -25,6 +25,13 @@ BOX_SIDE = 1e-2
 class TwoStageGraph(Graph[TwoStageDetector]):
     """Faster R-CNN."""
 
+    def __init__(self, detector: TwoStageDetector) -> None:
+        super().__init__(detector)
+        side = 8 * detector.size_divisor
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        with torch.no_grad():  # the pool takes its scales from the first features that it sees
+            detector.eval().predict(Batch(blank, torch.ones(1, side, side, dtype=torch.bool), [(side, side)], []))
+
     @property
     def places(self) -> int:
         return self.detector.roi_heads.detections_per_img
