@@ -152,7 +152,7 @@ def _read_flags(
             raise UserError(f"unexpected argument {word!r}; options are --section.field VALUE (see --help)")
         key, has_value, value = word[2:].partition("=")
         if key not in fields and key not in reserved:
-            raise UserError(_unknown(key, [*fields, *reserved], "option --", "--"))
+            raise UserError(unknown_name(key, [*fields, *reserved], "option --", "--"))
         if not has_value and key not in ("help", "version"):
             if rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
@@ -179,11 +179,11 @@ def _flatten(tree: dict[str, Any], fields: dict[str, FieldInfo], source: str, pr
         elif is_section and isinstance(value, dict):
             flat |= _flatten(value, fields, source, f"{name}.")
         elif not (is_section and value is None):
-            raise UserError(f"{source}: {_unknown(name, list(fields), 'key ', '')}")
+            raise UserError(f"{source}: {unknown_name(name, list(fields), 'key ', '')}")
     return flat
 
 
-def _unknown(key: str, known: list[str], kind: str, dashes: str) -> str:
+def unknown_name(key: str, known: list[str], kind: str, dashes: str) -> str:
     """The error for an unknown key, with the nearest known one: by its whole name, or by its last part (`--lr`)."""
     within = [name for name in known if name.startswith(f"{key}.")]
     if within:

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.train
 import ray.train.torch
@@ -21,12 +18,14 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ray_det.cluster import Room, require_room, scaling, start_ray
 from ray_det.config import WorkersConfig
-from ray_det.data.manifest import Manifest, flat
+from ray_det.data.manifest import Manifest
 from ray_det.data.pipeline import Loaders
+from ray_det.evaluate.detections_file import FILE as COLUMNS
+from ray_det.evaluate.detections_file import in_order_of_images, read_detections, write_detections
 from ray_det.evaluate.gather import gather_lists, require_each_once
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import infer_split, readable_rows
-from ray_det.predict.output import COCO, DETECTIONS, detections_table
+from ray_det.predict.output import COCO
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
 from ray_det.train.skipped import LIST, Skipped, skipped_in
@@ -111,27 +110,15 @@ def _worker(config: dict[str, Any]) -> None:
 def read_results(output: Folder, manifest: Manifest) -> Results:
     """What `infer_on_workers` wrote for this manifest, to the last bit."""
     with tempfile.TemporaryDirectory() as scratch:
-        output.download(Path(scratch) / DETECTIONS, DETECTIONS)
-        table = pq.read_table(Path(scratch) / DETECTIONS)
-    return Results(
-        manifest.table["image_id"].to_numpy()[readable_rows(manifest)],
-        table["image_id"].to_numpy(),
-        flat(table, "bbox").to_numpy().reshape(-1, 4),
-        table["score"].to_numpy(),
-        np.searchsorted(manifest.classes.category_ids, table["category_id"].to_numpy()).astype(np.int32),
-    )
+        output.download(Path(scratch) / COLUMNS, COLUMNS)
+        return read_detections(Path(scratch) / COLUMNS, manifest)
 
 
 def _write(job: InferJob, results: Results, classes: ClassList) -> None:
-    """COCO results and the same as a Parquet table, in the order of the images."""
-    image_ids = job.manifest.table["image_id"].to_numpy()
-    by_id = np.argsort(image_ids)
-    row_N = by_id[np.searchsorted(image_ids, results.image_of_N, sorter=by_id)]
-    order = np.argsort(row_N, kind="stable")
-    results = results.take(order)
+    """COCO results and the same as a Parquet table."""
+    results = in_order_of_images(results, job.manifest)
     job.output.write_text(COCO, json.dumps(results.to_coco(classes)))
-    names = job.manifest.table["uri"].take(pa.array(row_N[order]))
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / DETECTIONS
-        pq.write_table(detections_table(results, names, classes), path)
+        path = Path(scratch) / COLUMNS
+        write_detections(path, results, job.manifest)
         job.output.upload(path, path.name)

@@ -19,21 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_det.config import changed_keys
 from ray_det.data import files
-from ray_det.evaluate.results import Results
+from ray_det.evaluate import detections_file
 from ray_det.predict.flow import ahead
 from ray_det.retry import reason
 from ray_det.storage import Folder, StorageError
 from ray_det.train.skipped import LIST
-from ray_det.types import ClassList, UserError
+from ray_det.types import UserError
 
 MADE_OF, COCO, PICTURES = "predict.json", "detections.json", "pictures"
-DETECTIONS, IMAGES = "detections.parquet", "images.parquet"
+DETECTIONS, IMAGES = detections_file.FILE, "images.parquet"
 IMAGES_SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
@@ -161,17 +160,3 @@ def _records(batch: pa.RecordBatch) -> str:
         for image_id, category_id, box, score in zip(*columns, strict=True)
     ]
     return json.dumps(records)[1:-1]
-
-
-def detections_table(results: Results, names_N: pa.Array, classes: ClassList) -> pa.Table:
-    """COCO results as columns, with the names of files and classes."""
-    return pa.table(
-        {
-            "image_id": pa.array(results.image_of_N),
-            "file_name": names_N,
-            "category_id": pa.array(np.array(classes.category_ids, np.int64)[results.labels_N]),
-            "class": pa.array(classes.names, pa.string()).take(pa.array(results.labels_N)),
-            "score": pa.array(results.scores_N),
-            "bbox": pa.FixedSizeListArray.from_arrays(pa.array(results.boxes_N4.ravel()), 4),  # xywh, stored pixels
-        }
-    )

@@ -17,11 +17,12 @@ import pyarrow as pa
 import torch
 
 from ray_det.data.decode import reason
+from ray_det.evaluate.detections_file import detections_table
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.shown import picture_of
 from ray_det.predict.flow import ahead, by_canvas
 from ray_det.predict.inputs import SHARD, InputImage
-from ray_det.predict.output import IMAGES_SCHEMA, Output, detections_table
+from ray_det.predict.output import IMAGES_SCHEMA, Output
 from ray_det.predict.predictor import Predictor, open_checkpoint
 from ray_det.report.pictures import draw, to_jpeg
 from ray_det.train.checkpoint import Checkpoint, sha256

@@ -13,6 +13,7 @@ import torch
 from ray_det.config import TrainJobConfig, micro_batches
 from ray_det.data.manifest import Manifest
 from ray_det.evaluate.analysis_files import write_analysis
+from ray_det.evaluate.detections_file import FILE, in_order_of_images, write_detections
 from ray_det.evaluate.gather import from_main, gather_lists
 from ray_det.evaluate.inference import Inferred
 from ray_det.evaluate.results import Results
@@ -78,6 +79,7 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0, analysed:
     if evaluated and analysed:
         numbers = write_analysis(runtime.folder, split, manifest, evaluated.results, session.config.data)
         evaluated.metrics.update(numbers)
+        write_detections(runtime.folder / FILE, in_order_of_images(evaluated.results, manifest), manifest)
     metrics = from_main(evaluated and evaluated.metrics, runtime.group)
     if metrics is None:
         raise RuntimeError("rank 0 has no metrics")

@@ -1,4 +1,4 @@
-"""What `jobs/tune.py` can be told: all of a training run, how to search, and the space of each field."""
+"""What `jobs/tune.py` and `jobs/compare.py` can be told: all of a training run, and what of it is varied."""
 
 from __future__ import annotations
 
@@ -39,6 +39,31 @@ class SearchConfig(Section):
     )
 
 
+CHANGES = {
+    "zero_padding": "data.padding=zero",
+    "random_batches": "data.window=1",
+    "no_clipping": "optim.clip_norm=0",
+    "constant_1e-4": "optim.schedule=constant + optim.lr=1e-4",
+    "no_weight_decay": "optim.weight_decay=0",
+    "weight_decay_1e-2": "optim.weight_decay=1e-2",
+}
+"""What a comparison calls single changes: what the recipe replaced, part by part. 1e-2 is the weight decay of torch's
+AdamW where nobody says another."""
+
+
+class CompareConfig(Section):
+    arms: tuple[str, ...] = Field(
+        default=(*CHANGES, "baseline"),
+        description="what is compared with this run, separated by commas; each: [name:] parts joined by ' + ', a part "
+        f"being field=value, a recipe, or one of {', '.join(CHANGES)}",
+    )
+    seeds: PositiveInt = Field(default=3, description="runs of each arm, with this run's seed and those after it")
+    resamples: PositiveInt = Field(default=1000, description="bootstrap samples behind the intervals")
+    concurrent: PositiveInt | None = Field(
+        default=None, description="most runs at the same time; default: as many as the cluster has room for"
+    )
+
+
 def _space_of(config_class: type[BaseModel], prefix: str = "") -> type[Section]:
     """A section with an optional domain for every field that can be searched."""
     fields: dict[str, Any] = {}
@@ -71,14 +96,22 @@ class TuneJobConfig(TrainJobConfig):
 
     def asked_space(self) -> dict[str, str]:
         """The text of each domain that was given, by dotted name of the field."""
-        return dict(_flat(self.space.model_dump()))
+        return flat(self.space.model_dump(exclude_none=True))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+class CompareJobConfig(TrainJobConfig):
+    """Everything that a training run can be told, and with what it is compared."""
+
+    compare: CompareConfig = CompareConfig()
+
+    def base(self) -> TrainJobConfig:
+        """The reference."""
+        return TrainJobConfig.model_validate(self.model_dump(exclude={"compare"}))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name, of sections in sections."""
+    found: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            found += _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            found.append((f"{prefix}{name}", value))
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
 from typing import Any, Protocol
@@ -39,15 +39,14 @@ class Random:
         pass
 
 
-class Grid:
-    """All combinations, the first field's values changing last."""
+class Listed:
+    """Points that are known beforehand, in their order."""
 
-    def __init__(self, space: Space) -> None:
-        self._space = space
+    def __init__(self, points: Sequence[Params]) -> None:
+        self._points = points
 
     def propose(self, number: int) -> Params:
-        point = list(product(*(domain.values for domain in self._space.values())))[number]
-        return dict(zip(self._space, point, strict=True))
+        return self._points[number]
 
     def tell(self, number: int, params: Params, value: float) -> None:
         pass
@@ -98,6 +97,11 @@ class Tpe:
         return domain.values.index(value) if domain.kind == "choice" else value
 
 
+def grid(space: Space) -> list[Params]:
+    """All combinations, the first field's values changing last."""
+    return [dict(zip(space, point, strict=True)) for point in product(*(domain.values for domain in space.values()))]
+
+
 def grid_size(space: Space) -> int:
     """
     Raises:
@@ -111,5 +115,5 @@ def grid_size(space: Space) -> int:
 
 def build_proposer(search: str, space: Space, seed: int, known: int) -> Proposer:
     if search == "grid":
-        return Grid(space)
+        return Listed(grid(space))
     return Tpe(space, seed, known) if search == "optuna" else Random(space, seed)

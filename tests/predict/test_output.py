@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ray_det.evaluate.detections_file import detections_table
 from ray_det.evaluate.results import Results
-from ray_det.predict.output import IMAGES_SCHEMA, Output, detections_table
+from ray_det.predict.output import IMAGES_SCHEMA, Output
 from ray_det.storage import Folder, StorageError
 from ray_det.types import UserError
 from tests.predict.conftest import CLASSES

@@ -11,7 +11,7 @@ from ray_det.report.sweep_trial import SweepTrial
 from ray_det.storage import Folder
 from ray_det.tune.config import TuneJobConfig
 from ray_det.tune.launch import best_config, space_of
-from ray_det.tune.proposals import Grid, Random, Tpe, build_proposer, grid_size
+from ray_det.tune.proposals import Random, Tpe, build_proposer, grid, grid_size
 from ray_det.tune.space import Domain, default_space, parse_domain, with_params
 from ray_det.tune.trial import require_effective, trial_config
 from ray_det.types import TrainingError, UserError
@@ -97,9 +97,8 @@ def test_a_trials_values_depend_on_seed_and_number_alone():
 
 def test_a_grid_has_every_combination_once():
     space = {"seed": Domain("choice", (1, 2, 3)), "data.padding": Domain("choice", ("mean", "zero"))}
-    grid = Grid(space)
-    points = {tuple(grid.propose(number).values()) for number in range(grid_size(space))}
-    assert len(points) == 6
+    points = {tuple(point.values()) for point in grid(space)}
+    assert len(points) == grid_size(space) == 6
     with pytest.raises(UserError, match="a grid takes choice"):
         grid_size(SPACE)
 
