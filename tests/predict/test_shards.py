@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,7 +16,7 @@ import ray_det
 from ray_det.predict import shards
 from ray_det.predict.flow import ahead, by_canvas
 from ray_det.predict.inputs import Inputs
-from ray_det.predict.output import Output
+from ray_det.predict.output import DETECTIONS, IMAGES, Output
 from ray_det.predict.parquet_inputs import read_inputs
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.predict.shards import ShardJob, ShardPredictor, fingerprint
@@ -157,3 +158,26 @@ def test_only_so_many_are_read_ahead():
         results = ahead(pool, lambda i: i * i, (asked.append(i) or i for i in range(100)), 5)
         assert next(results) == 0 and len(asked) == 5
         assert [next(results), *results] == [i * i for i in range(1, 100)]
+
+
+@pytest.mark.usefixtures("s3")
+def test_from_an_object_store_to_an_object_store(job, photos):
+    """The same parts, JSON and list as on a disk."""
+    run(job, inputs_of(photos, 4))
+    here, there = job.output, Output(Folder.at("s3://bucket/predicted"))
+    Folder.at("s3://bucket/photos").upload(photos)
+    for source in ("s3://bucket/photos", "s3://bucket/photos/**/*.*g"):
+        inputs = read_inputs(source, None, 4, there.folder.uri)
+        there.claim({"input": inputs.digest}, overwrite=True)
+        assert there.done() == set()
+        predictor = ShardPredictor(replace(job, read=inputs.read, output=there))
+        for number, shard in enumerate(inputs.shards):
+            assert len(list(predictor(shard))) > 1 and there.done() == set(range(number + 1))
+        there.claim({"input": inputs.digest}, overwrite=False)
+        for kind in (DETECTIONS, IMAGES):
+            assert pa.concat_tables(there.tables(kind, 3)) == pa.concat_tables(here.tables(kind, 3))
+        for output in (here, there):
+            output.write_coco(3)
+            assert output.write_skipped(3).unreadable == 2
+        assert there.folder.read_text("detections.json") == here.folder.read_text("detections.json")
+        assert (there.folder / "pictures").names() == ["2.jpg"]
