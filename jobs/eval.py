@@ -70,7 +70,7 @@ def main() -> None:
         print(report.table())
     same_categories(checkpoint.classes, config.checkpoint, manifest.classes, config.data.val)
     output = Folder.at(config.output)
-    job = InferJob(Folder.at(config.checkpoint).uri, manifest, output, config.batch_size, 0.0, config.on_bad_image)
+    job = InferJob(Folder.at(config.checkpoint).uri, manifest, output, config.batch_size, config.on_bad_image)
     for why in infer_on_workers(job, config.workers):
         print(f"skipped, its boxes count as missed: {why}")
     scorer = config.scorer or checkpoint.config.eval.scorer

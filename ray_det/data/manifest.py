@@ -55,7 +55,7 @@ _HASHED = 1
 PLACE = ("shard", "offset", "length")
 """Where the bytes are. Not part of the hash: packing leaves the data what it was."""
 _PROSE = ("problem",)
-_METADATA_KEY = b"ray_det.manifest"
+METADATA_KEY = b"ray_det.manifest"
 MAX_EXPANSION = 64
 """Bytes in memory per byte of a file. Manifests have about ten: ids are all different."""
 _BATCH_ROWS = 10_000
@@ -180,7 +180,7 @@ def write_manifest(manifest: Manifest, path: str | Path) -> None:
         "shards": manifest.shards,
         "places": digest([manifest.shards], manifest.table, PLACE),
     }
-    table = manifest.table.replace_schema_metadata({_METADATA_KEY: json.dumps(about)})
+    table = manifest.table.replace_schema_metadata({METADATA_KEY: json.dumps(about)})
     with files.writing(str(path)) as temporary:
         pq.write_table(table, temporary)
 
@@ -192,7 +192,7 @@ def read_manifest(path: str | Path) -> Manifest:
     content = files.read_bytes(str(path))
     try:
         table = _read_table(content)
-        about = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+        about = json.loads((table.schema.metadata or {})[METADATA_KEY])
         if about["format"] != FORMAT:
             raise UserError(f"{path} is a manifest of version {about['format']}, not {FORMAT}: prepare it again")
         table = table.replace_schema_metadata(None)

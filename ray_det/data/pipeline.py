@@ -6,6 +6,7 @@ nothing has to be split between ranks, and resuming is a shorter assignment.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -82,7 +83,7 @@ class Loaders:
             for i in rows["id"]:
                 yield to_table(load(Shard(images, parts[i], spec)))
 
-        _configure(ray.data.DataContext.get_current())
+        configure(ray.data.DataContext.get_current())
         dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks))
         dataset = dataset.map_batches(load_block, batch_size=None, num_cpus=1)
         options = dataset.context.execution_options
@@ -104,10 +105,12 @@ class Loaders:
         return self._shared[-1][1]
 
 
-def _configure(context: ray.data.DataContext) -> None:
+def configure(context: ray.data.DataContext) -> None:
+    """Ray Data as it is used here: quiet, and with blocks as tasks make them."""
     context.target_max_block_size = None  # a block is what a task yields
     context.execution_no_progress_timeout_s = -1  # it also counts the time in which the consumer pauses, to validate
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised: the logs would say them again
 
 
 def _check_turn(batch: MicroBatch, key: np.ndarray) -> None:
@@ -148,7 +151,7 @@ def map_chunks(
 def ray_map_chunks(function: Callable[[T], R], chunks: list[T]) -> list[R]:
     """`list(map(function, chunks))` as Ray Data tasks, results in order."""
     reference = ray.put(chunks)
-    _configure(ray.data.DataContext.get_current())
+    configure(ray.data.DataContext.get_current())
 
     def run(block: Any) -> dict[str, np.ndarray]:
         inputs = ray.get(reference)

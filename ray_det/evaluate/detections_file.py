@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from ray_det.data.manifest import Manifest, flat
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import readable_rows
+from ray_det.types import ClassList
 
 FILE = "detections.parquet"
 
@@ -21,21 +22,27 @@ def in_order_of_images(results: Results, manifest: Manifest) -> Results:
 
 
 def write_detections(path: Path, results: Results, manifest: Manifest) -> None:
-    """Columns: image_id, file_name, category_id, class, score, bbox (xywh in pixels of the stored image).
+    """The columns of `detections_table`.
 
     Raises:
         OSError: the file cannot be written.
     """
-    classes = manifest.classes
-    columns = {
-        "image_id": pa.array(results.image_of_N),
-        "file_name": manifest.table["uri"].take(pa.array(_rows_of(results, manifest))),
-        "category_id": pa.array(np.array(classes.category_ids, np.int64)[results.labels_N]),
-        "class": pa.array(classes.names, pa.string()).take(pa.array(results.labels_N)),
-        "score": pa.array(results.scores_N),
-        "bbox": pa.FixedSizeListArray.from_arrays(pa.array(results.boxes_N4.ravel()), 4),
-    }
-    pq.write_table(pa.table(columns), path)
+    names_N = manifest.table["uri"].take(pa.array(_rows_of(results, manifest)))
+    pq.write_table(detections_table(results, names_N, manifest.classes), path)
+
+
+def detections_table(results: Results, names_N: pa.Array | pa.ChunkedArray, classes: ClassList) -> pa.Table:
+    """COCO results, with the names of files and classes: bbox is xywh in pixels of the stored image."""
+    return pa.table(
+        {
+            "image_id": pa.array(results.image_of_N),
+            "file_name": names_N,
+            "category_id": pa.array(np.array(classes.category_ids, np.int64)[results.labels_N]),
+            "class": pa.array(classes.names, pa.string()).take(pa.array(results.labels_N)),
+            "score": pa.array(results.scores_N),
+            "bbox": pa.FixedSizeListArray.from_arrays(pa.array(results.boxes_N4.ravel()), 4),
+        }
+    )
 
 
 def read_detections(path: Path, manifest: Manifest) -> Results:

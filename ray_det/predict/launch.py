@@ -1,4 +1,4 @@
-"""A checkpoint over many images on Ray's train workers: what `jobs/eval.py` and `jobs/predict.py` run."""
+"""A checkpoint over a data set on Ray's train workers, gathered to be scored: what `jobs/eval.py` runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -26,13 +25,12 @@ from ray_det.evaluate.detections_file import in_order_of_images, read_detections
 from ray_det.evaluate.gather import gather_lists, require_each_once
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import infer_split, readable_rows
+from ray_det.predict.output import COCO
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
 from ray_det.train.skipped import LIST, Skipped, skipped_in
 from ray_det.train.step import make_deterministic, use_bf16
 from ray_det.types import ClassList, Detections, UserError
-
-DETECTIONS = "detections.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,6 @@ class InferJob:
     manifest: Manifest
     output: Folder
     batch_size: int | None  # None: as in the training of the checkpoint
-    min_score: float
     on_bad_image: str | None = None  # None: as in the training of the checkpoint
 
 
@@ -120,8 +117,7 @@ def read_results(output: Folder, manifest: Manifest) -> Results:
 def _write(job: InferJob, results: Results, classes: ClassList) -> None:
     """COCO results and the same as a Parquet table."""
     results = in_order_of_images(results, job.manifest)
-    results = results.take(np.flatnonzero(results.scores_N >= job.min_score))
-    job.output.write_text(DETECTIONS, json.dumps(results.to_coco(classes)))
+    job.output.write_text(COCO, json.dumps(results.to_coco(classes)))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / COLUMNS
         write_detections(path, results, job.manifest)

@@ -12,7 +12,7 @@ import pytest
 import requests
 from PIL import Image
 
-from tests.report.test_page import CHROMIUM
+from tests.report.browser import CHROMIUM, IN_A_BROWSER
 from tests.serve.browser import Tab, tab
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
