@@ -1,0 +1,104 @@
+"""A Ray cluster as an operator starts it: `ray start` for a head and workers, each with a token, and `ray job` beside it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+from tests.ranks import ROOT
+from tests.s3 import free_ports
+
+BIN = Path(sys.executable).parent
+RAY = str(BIN / "ray")
+SUBMIT = str(ROOT / "cluster" / "scripts" / "submit.sh")
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where it is, for whoever has the token."""
+
+    client: dict[str, str]  # the environment of a machine from which jobs are sent
+    metrics_ports: list[int]  # by node, the head first
+    session: Path  # of logs
+    pids: list[int]  # of `ray start`, by node
+
+    def ray(self, *arguments: str, timeout_s: float = 300) -> str:
+        """What `ray …` says, on both streams."""
+        return _said([RAY, *arguments], self.client, timeout_s)
+
+    def submit(self, *arguments: object, timeout_s: float = 300) -> str:
+        """What `cluster/scripts/submit.sh …` says."""
+        return _said([SUBMIT, *map(str, arguments)], self.client, timeout_s)
+
+    def metrics(self) -> list[str]:
+        """Lines of all nodes' metrics endpoints."""
+        texts = []
+        for port in self.metrics_ports:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                texts.append(answer.read().decode())
+        return "\n".join(texts).splitlines()
+
+
+@contextmanager
+def cluster(folder: Path, workers: int, cpus: int) -> Iterator[Running]:
+    """A head without CPUs and workers with some, with token authentication, on ports of their own.
+
+    Args:
+        folder: for logs, and home of all processes.
+        cpus: of each worker.
+    """
+    port, dashboard = free_ports(2)
+    # A temporary folder with a short path, for Ray makes sockets in it; the usual one would show this head to others.
+    temporary = mkdtemp(prefix="ray")
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == "RAY_DET_REAL_DATA"}
+    own |= {"HOME": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    own |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_memory_monitor_refresh_ms": "0"}
+    client = own | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    head = ["--head", "--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "0", "--temp-dir", temporary]
+    metrics = free_ports(workers + 1)
+    nodes: list[subprocess.Popen[bytes]] = []
+    try:
+        nodes.append(_start(folder / "head.log", [*head, *_ports(metrics[0])], own))
+        _wait_for(client, nodes[0], folder / "head.log")
+        for i in range(workers):
+            worker = [f"--address=127.0.0.1:{port}", "--num-cpus", str(cpus), *_ports(metrics[i + 1])]
+            nodes.append(_start(folder / f"worker{i}.log", worker, own))
+        yield Running(client, metrics, Path(temporary) / "session_latest", [node.pid for node in nodes])
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(timeout=60)
+
+
+def _ports(metrics: int) -> list[str]:
+    agent, grpc = map(str, free_ports(2))
+    names = ("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--metrics-export-port")
+    return [text for pair in zip(names, (agent, grpc, str(metrics)), strict=True) for text in pair]
+
+
+def _start(log: Path, options: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    small = ["--object-store-memory", str(150 << 20), "--disable-usage-stats", "--block"]
+    with log.open("w") as file:
+        return subprocess.Popen([RAY, "start", *options, *small], env=environment, cwd=log.parent, stdout=file, stderr=file)
+
+
+def _wait_for(client: dict[str, str], head: subprocess.Popen[bytes], log: Path) -> None:
+    while subprocess.run([RAY, "job", "list"], env=client, capture_output=True).returncode:
+        assert head.poll() is None, log.read_text()
+        time.sleep(1)
+
+
+def _said(command: list[str], environment: dict[str, str], timeout_s: float) -> str:
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s
+    )
+    return done.stdout

@@ -1,0 +1,115 @@
+"""`cluster/scripts/submit.sh` and `ray job submit` against a head and workers with token authentication."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.running import SUBMIT, Running, cluster
+from tests.ranks import ROOT
+from tests.train.disturb import EPOCHS, STEPS, config, newest, require_same, steps_done, write
+from tests.train.runner import run_world
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Running]:
+    with cluster(tmp_path_factory.mktemp("cluster"), workers=2, cpus=2) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    """That all nodes reach; `run` is the run of the first test."""
+    return tmp_path_factory.mktemp("storage")
+
+
+def follow(running: Running, *arguments: object) -> subprocess.Popen[str]:
+    """`submit.sh`, which shows the log until the job ends."""
+    command = [SUBMIT, *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=running.client, cwd=ROOT, text=True, **streams)
+
+
+def processes_of_a_run(running: Running) -> list[str]:
+    """Command lines of what a job starts and must not leave on any node."""
+    nodes = [psutil.Process(pid) for pid in running.pids]
+    lines = [" ".join(child.cmdline()) for node in nodes for child in node.children(recursive=True)]
+    return [line for line in lines if "RayTrainWorker" in line or "jobs/train.py" in line or "TrainController" in line]
+
+
+def require_readable(log: str) -> None:
+    """One line after the other, as a file of lines is read."""
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", log), repr(log)
+    assert "Traceback" not in log and "Warning" not in log, log
+
+
+def test_a_submitted_run_is_stopped_and_goes_on(running, storage, small_coco, tmp_path):
+    asked, alone = config(small_coco, storage), config(small_coco, tmp_path / "alone")
+    for one in (asked, alone):
+        one["train"] |= {"epochs": 3 * EPOCHS, "micro_batch_size": 1}  # the command to stop it takes its time
+        one["workers"]["num"] = 2
+    undisturbed, run = run_world({"config": alone, "world": 2}, tmp_path), storage / "run"
+    command = ["train", "--config", write(asked, tmp_path / "asked"), "--name", "run"]
+    first = follow(running, *command)
+    while steps_done(run) < STEPS + 3:
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    assert "train-run-1 runs already" in running.submit("--no-wait", *command)
+    running.submit("stop", "train-run-1")
+    log, _ = first.communicate(timeout=120)
+    stopped_at = steps_done(run)
+    assert "with a checkpoint" in log and stopped_at < 3 * EPOCHS * STEPS, log
+    assert json.loads((newest(run) / "state.json").read_text())["state"]["global_step"] == stopped_at
+    assert processes_of_a_run(running) == []
+
+    log = running.submit(*command)
+    assert f"goes on from step {stopped_at}" in log and "'train-run-2' succeeded" in log, log
+    require_readable(log)
+    assert re.search(r"\[#+\.*\] \d+/\d+ .*img/s", log), log
+    assert re.search(r"^val  ( +\d\.\d{3}| +-){7}$", log, re.MULTILINE), log
+    assert f"run folder: {run}" in log
+    require_same(run, undisturbed)
+
+
+def test_evaluation_and_prediction_are_submitted(running, storage, small_coco, tmp_path):
+    done = ["--checkpoint", storage / "run"]
+    log = running.submit("eval", *done, "--data.val", small_coco["test"], "--output", storage / "evaluated")
+    assert "succeeded" in log and (storage / "evaluated" / "summary.json").exists(), log
+    require_readable(log)
+    typed = ["--working-dir", ".", "--", "python", "jobs/predict.py", *map(str, done)]
+    typed += ["--input", str(small_coco["test"].parent), "--output", str(storage / "predicted")]
+    log = running.ray("job", "submit", *typed)
+    assert "succeeded" in log and json.loads((storage / "predicted" / "detections.json").read_text()), log
+    require_readable(log)
+
+
+def test_a_sweep_is_submitted(running, storage, small_coco, tmp_path):
+    asked = config(small_coco, storage) | {"name": "sweep", "tune": {"trials": 2}}
+    asked["train"]["epochs"] = 1
+    asked["eval"]["every_epochs"] = 1
+    log = running.submit("tune", "--config", write(asked, tmp_path / "sweep"))
+    assert "succeeded" in log and (storage / "sweep" / "best.yaml").exists(), log
+    require_readable(log)
+
+
+def test_the_code_that_was_sent_runs_everywhere(running):
+    where = "import ray, ray_det; ray.init(log_to_driver=False, logging_level='ERROR'); print(ray_det.__file__); "
+    where += "print(ray.get(ray.remote(lambda: __import__('ray_det').__file__).remote()))"
+    log = running.ray("job", "submit", "--working-dir", ".", "--", "python", "-c", where)
+    assert len(re.findall(r"working_dir_files/\S+/ray_det/__init__\.py", log)) == 2, log
+
+
+def test_nothing_is_sent_without_the_token(running):
+    stranger = Running(running.client | {"RAY_AUTH_TOKEN": "0" * 32}, [], Path(), [])
+    said = stranger.submit("train", "--name", "intruder")
+    assert "401" in said or "nvalid authentication token" in said, said
+    assert "intruder" not in running.ray("job", "list")
