@@ -1,4 +1,4 @@
-"""Exit with status 2 where a runtime environment or a job's command holds a secret: Ray shows both in its logs and its API.
+"""Exit with status 2 where a runtime environment or a command holds a secret: Ray shows both in its logs and its API.
 
 python cluster/scripts/refuse_secrets.py RUNTIME_ENV.yaml [options of the job]
 """

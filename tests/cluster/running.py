@@ -1,4 +1,4 @@
-"""A Ray cluster as an operator starts it: `ray start` for a head and workers, each with a token, and `ray job` beside it."""
+"""A Ray cluster as operators start it: `ray start` for head and workers, with a token, and `ray job` beside it."""
 
 from __future__ import annotations
 
@@ -59,11 +59,23 @@ def cluster(folder: Path, workers: int, cpus: int) -> Iterator[Running]:
     port, dashboard = free_ports(2)
     # A temporary folder with a short path, for Ray makes sockets in it; the usual one would show this head to others.
     temporary = mkdtemp(prefix="ray")
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == "RAY_DET_REAL_DATA"}
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == "RAY_DET_REAL_DATA"
+    }
     own |= {"HOME": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     own |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_memory_monitor_refresh_ms": "0"}
     client = own | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    head = ["--head", "--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "0", "--temp-dir", temporary]
+    head = [
+        "--head",
+        "--port",
+        str(port),
+        "--dashboard-port",
+        str(dashboard),
+        "--num-cpus",
+        "0",
+        "--temp-dir",
+        temporary,
+    ]
     metrics = free_ports(workers + 1)
     nodes: list[subprocess.Popen[bytes]] = []
     try:
@@ -88,7 +100,9 @@ def _ports(metrics: int) -> list[str]:
 def _start(log: Path, options: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     small = ["--object-store-memory", str(150 << 20), "--disable-usage-stats", "--block"]
     with log.open("w") as file:
-        return subprocess.Popen([RAY, "start", *options, *small], env=environment, cwd=log.parent, stdout=file, stderr=file)
+        return subprocess.Popen(
+            [RAY, "start", *options, *small], env=environment, cwd=log.parent, stdout=file, stderr=file
+        )
 
 
 def _wait_for(client: dict[str, str], head: subprocess.Popen[bytes], log: Path) -> None:
@@ -99,6 +113,12 @@ def _wait_for(client: dict[str, str], head: subprocess.Popen[bytes], log: Path) 
 
 def _said(command: list[str], environment: dict[str, str], timeout_s: float) -> str:
     done = subprocess.run(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
     )
     return done.stdout

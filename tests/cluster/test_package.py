@@ -33,7 +33,15 @@ def test_the_package_holds_the_code_and_is_small(tmp_path):
 
 def test_what_lies_around_is_not_sent(tmp_path):
     folder = tmp_path / "checkout"
-    for name in ("ray_det/a.py", "jobs/train.py", "photos/1.jpg", "a", "evaluated/report.html", "notes.txt", "mine.yaml"):
+    for name in (
+        "ray_det/a.py",
+        "jobs/train.py",
+        "photos/1.jpg",
+        "a",
+        "evaluated/report.html",
+        "notes.txt",
+        "mine.yaml",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("text")
     for ignore in (".gitignore", ".rayignore"):
