@@ -41,7 +41,7 @@ class Running:
 
     def metrics(self) -> list[str]:
         """Lines of all nodes' metrics endpoints."""
-        texts = []
+        texts: list[str] = []
         for port in self.metrics_ports:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
                 texts.append(answer.read().decode())

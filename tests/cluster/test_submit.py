@@ -35,8 +35,9 @@ def storage(tmp_path_factory) -> Path:
 def follow(running: Running, *arguments: object) -> subprocess.Popen[str]:
     """`submit.sh`, which shows the log until the job ends."""
     command = [SUBMIT, *map(str, arguments)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, env=running.client, cwd=ROOT, text=True, **streams)
+    return subprocess.Popen(
+        command, env=running.client, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def processes_of_a_run(running: Running) -> list[str]:
