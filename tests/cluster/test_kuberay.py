@@ -80,9 +80,13 @@ def test_each_rule_can_be_broken(kind, path, value, rule):
 
 @every_overlay
 def test_every_job_has_the_patched_cluster(overlay):
-    cluster = built(overlay)["RayCluster", "ray-det"]["spec"]
-    jobs = [document for document in of_ray(overlay) if document["kind"] == "RayJob"]
-    assert [job["spec"]["rayClusterSpec"] for job in jobs] == [cluster, cluster]
+    cluster = copy.deepcopy(built(overlay)["RayCluster", "ray-det"]["spec"])
+    assert built(overlay)["RayJob", "ray-det-train"]["spec"]["rayClusterSpec"] == cluster
+    sweep = built(overlay)["RayJob", "ray-det-tune"]["spec"]["rayClusterSpec"]
+    workers = sweep["workerGroupSpecs"][0]
+    assert workers["minReplicas"] == workers["replicas"] > 0  # a sweep does not ask for nodes
+    cluster["workerGroupSpecs"][0] |= {"minReplicas": workers["minReplicas"], "replicas": workers["replicas"]}
+    assert sweep == cluster
     assert all(re.match(r"IMAGE:\S+$", c["image"]) for pod in pods({"spec": cluster}) for c in pod["containers"])
 
 
