@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
+
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 from tests.ranks import ROOT
 from tests.s3 import free_ports
@@ -27,6 +31,7 @@ class Running:
     """Where it is, for whoever has the token."""
 
     client: dict[str, str]  # the environment of a machine from which jobs are sent
+    gcs: str  # address for nodes and drivers
     metrics_ports: list[int]  # by node, the head first
     session: Path  # of logs
     pids: list[int]  # of `ray start`, by node
@@ -39,6 +44,10 @@ class Running:
         """What `cluster/scripts/submit.sh …` says."""
         return _said([SUBMIT, *map(str, arguments)], self.client, timeout_s)
 
+    def run(self, *command: str, **environment: str) -> str:
+        """What a program says that runs on a node."""
+        return _said(list(command), self.client | environment, 300)
+
     def metrics(self) -> list[str]:
         """Lines of all nodes' metrics endpoints."""
         texts: list[str] = []
@@ -49,12 +58,13 @@ class Running:
 
 
 @contextmanager
-def cluster(folder: Path, workers: int, cpus: int) -> Iterator[Running]:
+def cluster(folder: Path, workers: int, cpus: int, *, may_add: int = 0) -> Iterator[Running]:
     """A head without CPUs and workers with some, with token authentication, on ports of their own.
 
     Args:
         folder: for logs, and home of all processes.
         cpus: of each worker.
+        may_add: workers that an autoscaler may add: Ray's own, with processes of this machine for its machines.
     """
     port, dashboard = free_ports(2)
     # A temporary folder with a short path, for Ray makes sockets in it; the usual one would show this head to others.
@@ -76,6 +86,11 @@ def cluster(folder: Path, workers: int, cpus: int) -> Iterator[Running]:
         "--temp-dir",
         temporary,
     ]
+    if may_add:
+        own |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        own |= {"RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
+        (folder / "autoscaling.json").write_text(json.dumps(_autoscaling(f"127.0.0.1:{port}", cpus, may_add)))
+        head += ["--autoscaling-config", str(folder / "autoscaling.json")]
     metrics = free_ports(workers + 1)
     nodes: list[subprocess.Popen[bytes]] = []
     try:
@@ -84,11 +99,35 @@ def cluster(folder: Path, workers: int, cpus: int) -> Iterator[Running]:
         for i in range(workers):
             worker = [f"--address=127.0.0.1:{port}", "--num-cpus", str(cpus), *_ports(metrics[i + 1])]
             nodes.append(_start(folder / f"worker{i}.log", worker, own))
-        yield Running(client, metrics, Path(temporary) / "session_latest", [node.pid for node in nodes])
+        yield Running(
+            client, f"127.0.0.1:{port}", metrics, Path(temporary) / "session_latest", [node.pid for node in nodes]
+        )
     finally:
         for node in reversed(nodes):
             node.terminate()
             node.wait(timeout=60)
+
+
+def _autoscaling(address: str, cpus: int, most: int) -> dict[str, Any]:
+    provider = {"type": "fake_multinode", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
+    worker = {"resources": {"CPU": cpus, "object_store_memory": 150 << 20}, "node_config": {}, "max_workers": most}
+    return {
+        "cluster_name": "test",
+        "provider": provider | {"gcs_address": address},
+        "max_workers": most,
+        "idle_timeout_minutes": 0.5,
+        "available_node_types": {
+            FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": worker | {"min_workers": 0},
+        },
+        "head_node_type": FAKE_HEAD_NODE_TYPE,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        **{f"{name}_commands": [] for name in ("setup", "head_setup", "worker_setup", "initialization")},
+        **{f"{name}_start_ray_commands": [] for name in ("head", "worker")},
+    }
 
 
 def _ports(metrics: int) -> list[str]:

@@ -19,10 +19,12 @@ from tests.train.runner import run_world
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+DRAIN = ROOT / "cluster" / "scripts" / "drain.sh"
+
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory) -> Iterator[Running]:
-    with cluster(tmp_path_factory.mktemp("cluster"), workers=2, cpus=2) as started:
+    with cluster(tmp_path_factory.mktemp("cluster"), workers=3, cpus=2) as started:
         yield started
 
 
@@ -102,6 +104,26 @@ def test_a_sweep_is_submitted(running, storage, small_coco, tmp_path):
     require_readable(log)
 
 
+def test_a_node_is_drained(running, storage, small_coco, tmp_path):
+    """`drain.sh`, as the preStop hook calls it: the run keeps a checkpoint and goes on elsewhere."""
+    asked = config(small_coco, storage) | {"name": "drained"}
+    asked["train"] |= {"epochs": 3 * EPOCHS, "micro_batch_size": 1}
+    asked["workers"] |= {"num": 2, "max_failures": 0}
+    job = follow(running, "train", "--config", write(asked, tmp_path / "drained"), "--name", "drained")
+    while steps_done(storage / "drained") < 3:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+    said = running.run(str(DRAIN), "1")
+    nodes = [node["node_id"] for node in json.loads(running.ray("list", "nodes", "--format", "json"))]
+    assert "found not one Ray node here" in said and all(node in said for node in nodes), said  # all are here
+    actors = json.loads(running.ray("list", "actors", "--detail", "--format", "json"))
+    at = {a["node_id"] for a in actors if a["class_name"].startswith("RayTrainWorker") and a["state"] == "ALIVE"}
+    said = running.run(str(DRAIN), "20", at.pop(), RAY_ADDRESS=running.gcs)
+    log, _ = job.communicate(timeout=240)
+    assert "a node is about to be taken away: left after step" in log and "succeeded" in log, said + log
+    assert len(re.findall(r"^goes on from step", log, re.MULTILINE)) == 1, log
+
+
 def test_the_code_that_was_sent_runs_everywhere(running):
     where = "import ray, ray_det; ray.init(log_to_driver=False, logging_level='ERROR'); print(ray_det.__file__); "
     where += "print(ray.get(ray.remote(lambda: __import__('ray_det').__file__).remote()))"
@@ -110,7 +132,7 @@ def test_the_code_that_was_sent_runs_everywhere(running):
 
 
 def test_nothing_is_sent_without_the_token(running):
-    stranger = Running(running.client | {"RAY_AUTH_TOKEN": "0" * 32}, [], Path(), [])
+    stranger = Running(running.client | {"RAY_AUTH_TOKEN": "0" * 32}, "", [], Path(), [])
     said = stranger.submit("train", "--name", "intruder")
     assert "401" in said or "nvalid authentication token" in said, said
     assert "intruder" not in running.ray("job", "list")
