@@ -29,7 +29,7 @@ wait_for_notice() { # AWS tells two minutes before, GCP thirty seconds. -> the s
 
 node_here() { # Ray's processes name their node
     local id
-    id="$(cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' | sed -n 's/^--node[-_]id=\([0-9a-f]\{56\}\)$/\1/p' | sort -u)"
+    id="$(cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' '\n' | sed -n 's/^--node[-_]id=\([0-9a-f]\{56\}\)$/\1/p' | sort -u || true)"
     [[ "$id" =~ ^[0-9a-f]{56}$ ]] || { echo "error: found not one Ray node here but: ${id:-none}" >&2 && return 1; }
     echo "$id"
 }

@@ -96,7 +96,8 @@ def test_evaluation_and_prediction_are_submitted(running, storage, small_coco, t
 
 
 def test_a_sweep_is_submitted(running, storage, small_coco, tmp_path):
-    asked = config(small_coco, storage) | {"name": "sweep", "tune": {"trials": 2}}
+    asked = config(small_coco, storage)
+    asked["name"], asked["tune"] = "sweep", {"trials": 2}
     asked["train"]["epochs"] = 1
     asked["eval"]["every_epochs"] = 1
     log = running.submit("tune", "--config", write(asked, tmp_path / "sweep"))
@@ -106,7 +107,8 @@ def test_a_sweep_is_submitted(running, storage, small_coco, tmp_path):
 
 def test_a_node_is_drained(running, storage, small_coco, tmp_path):
     """`drain.sh`, as the preStop hook calls it: the run keeps a checkpoint and goes on elsewhere."""
-    asked = config(small_coco, storage) | {"name": "drained"}
+    asked = config(small_coco, storage)
+    asked["name"] = "drained"
     asked["train"] |= {"epochs": 3 * EPOCHS, "micro_batch_size": 1}
     asked["workers"] |= {"num": 2, "max_failures": 0}
     job = follow(running, "train", "--config", write(asked, tmp_path / "drained"), "--name", "drained")
