@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -106,6 +107,7 @@ def cluster(folder: Path, workers: int, cpus: int, *, may_add: int = 0) -> Itera
         for node in reversed(nodes):
             node.terminate()
             node.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _autoscaling(address: str, cpus: int, most: int) -> dict[str, Any]:
