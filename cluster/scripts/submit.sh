@@ -12,6 +12,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 export PATH="$root/.venv/bin:$PATH"
 export RAY_ADDRESS="${RAY_ADDRESS:-http://127.0.0.1:8265}" RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+export RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="" # .rayignore says it; Ray's own list comes with a warning
 
 fail() {
     echo "error: $1" >&2
@@ -23,6 +24,13 @@ usage() {
     exit "$1"
 }
 
+ray_job() { # Ray colours its lines in files too
+    local command="$1" colour=auto
+    shift
+    [[ -t 1 ]] || colour=false
+    exec ray job "$command" --log-color "$colour" "$@"
+}
+
 id="" runtime_env="$root/cluster/runtime_env/default.yaml" wait=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
@@ -30,9 +38,9 @@ while [[ $# -gt 0 ]]; do
     --runtime-env) runtime_env="${2:?--runtime-env needs a value}" && shift 2 ;;
     --no-wait) wait=(--no-wait) && shift ;;
     -h | --help) usage 0 ;;
-    list) exec ray job list ;;
-    status | stop) exec ray job "$1" "${2:?which id? see: submit.sh list}" ;;
-    logs) exec ray job logs --follow "${2:?which id? see: submit.sh list}" ;;
+    list) ray_job list ;;
+    status | stop) ray_job "$1" "${2:?which id? see: submit.sh list}" ;;
+    logs) ray_job logs --follow "${2:?which id? see: submit.sh list}" ;;
     *) break ;;
     esac
 done
@@ -53,17 +61,17 @@ if [[ -z "$id" ]]; then
     done
 fi
 
-jobs="$(ray job list)"
+jobs="$(ray job list --log-color false)"
 number="$(grep -oE "submission_id='${id//./\\.}-[0-9]+'" <<<"$jobs" | grep -oE "[0-9]+'" | tr -d "'" | sort -n | tail -n 1 || true)"
 if [[ -n "$number" ]]; then
-    state="$(ray job status "$id-$number" 2>&1)"
+    state="$(ray job status --log-color false "$id-$number" 2>&1)"
     if grep -qE "': (PENDING|RUNNING)" <<<"$state"; then
         echo "$id-$number runs already; cluster/scripts/submit.sh stop $id-$number ends it"
         [[ ${#wait[@]} -eq 0 ]] || exit 0
-        exec ray job logs --follow "$id-$number"
+        ray_job logs --follow "$id-$number"
     fi
 fi
 
 cd "$root"
-exec ray job submit --submission-id "$id-$((${number:-0} + 1))" --runtime-env "$runtime_env" --working-dir . \
+ray_job submit --submission-id "$id-$((${number:-0} + 1))" --runtime-env "$runtime_env" --working-dir . \
     ${wait[@]+"${wait[@]}"} -- python "jobs/$job.py" "$@"

@@ -104,9 +104,10 @@ def cluster(folder: Path, workers: int, cpus: int, *, may_add: int = 0) -> Itera
             client, f"127.0.0.1:{port}", metrics, Path(temporary) / "session_latest", [node.pid for node in nodes]
         )
     finally:
-        for node in reversed(nodes):
+        for node in nodes:
             node.terminate()
-            node.wait(timeout=60)
+        for node in nodes:
+            node.wait(timeout=120)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.running import SUBMIT, Running, cluster
 from tests.ranks import ROOT
 from tests.train.disturb import EPOCHS, STEPS, config, newest, require_same, steps_done, write
-from tests.train.runner import run_world
+from tests.train.runner import run_alone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -24,7 +24,7 @@ DRAIN = ROOT / "cluster" / "scripts" / "drain.sh"
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory) -> Iterator[Running]:
-    with cluster(tmp_path_factory.mktemp("cluster"), workers=3, cpus=2) as started:
+    with cluster(tmp_path_factory.mktemp("cluster"), workers=2, cpus=2) as started:
         yield started
 
 
@@ -49,18 +49,20 @@ def processes_of_a_run(running: Running) -> list[str]:
     return [line for line in lines if "RayTrainWorker" in line or "jobs/train.py" in line or "TrainController" in line]
 
 
-def require_readable(log: str) -> None:
-    """One line after the other, as a file of lines is read."""
+def require_readable(running: Running, job: str) -> str:
+    """A job's log: one line after the other, as a file of lines is read."""
+    log = (running.session / "logs" / f"job-driver-{job}.log").read_text()
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", log), repr(log)
-    assert "Traceback" not in log and "Warning" not in log, log
+    assert "Traceback" not in log and "arning" not in log, log
+    return log
 
 
 def test_a_submitted_run_is_stopped_and_goes_on(running, storage, small_coco, tmp_path):
     asked, alone = config(small_coco, storage), config(small_coco, tmp_path / "alone")
     for one in (asked, alone):
-        one["train"] |= {"epochs": 3 * EPOCHS, "micro_batch_size": 1}  # the command to stop it takes its time
-        one["workers"]["num"] = 2
-    undisturbed, run = run_world({"config": alone, "world": 2}, tmp_path), storage / "run"
+        one["train"]["epochs"] = 5 * EPOCHS  # the command to stop it takes its time
+        one["eval"]["every_epochs"] = EPOCHS
+    undisturbed, run = run_alone({"config": alone, "world": 1}), storage / "run"
     command = ["train", "--config", write(asked, tmp_path / "asked"), "--name", "run"]
     first = follow(running, *command)
     while steps_done(run) < STEPS + 3:
@@ -70,13 +72,14 @@ def test_a_submitted_run_is_stopped_and_goes_on(running, storage, small_coco, tm
     running.submit("stop", "train-run-1")
     log, _ = first.communicate(timeout=120)
     stopped_at = steps_done(run)
-    assert "with a checkpoint" in log and stopped_at < 3 * EPOCHS * STEPS, log
+    assert "with a checkpoint" in log and stopped_at < 5 * EPOCHS * STEPS, log
     assert json.loads((newest(run) / "state.json").read_text())["state"]["global_step"] == stopped_at
     assert processes_of_a_run(running) == []
 
     log = running.submit(*command)
     assert f"goes on from step {stopped_at}" in log and "'train-run-2' succeeded" in log, log
-    require_readable(log)
+    assert "\x1b" not in log
+    log = require_readable(running, "train-run-2")
     assert re.search(r"\[#+\.*\] \d+/\d+ .*img/s", log), log
     assert re.search(r"^val  ( +\d\.\d{3}| +-){7}$", log, re.MULTILINE), log
     assert f"run folder: {run}" in log
@@ -85,14 +88,15 @@ def test_a_submitted_run_is_stopped_and_goes_on(running, storage, small_coco, tm
 
 def test_evaluation_and_prediction_are_submitted(running, storage, small_coco, tmp_path):
     done = ["--checkpoint", storage / "run"]
-    log = running.submit("eval", *done, "--data.val", small_coco["test"], "--output", storage / "evaluated")
+    options = ["--id", "evaluation", "eval", *done, "--data.val", small_coco["test"]]
+    log = running.submit(*options, "--output", storage / "evaluated")
     assert "succeeded" in log and (storage / "evaluated" / "summary.json").exists(), log
-    require_readable(log)
-    typed = ["--working-dir", ".", "--", "python", "jobs/predict.py", *map(str, done)]
+    require_readable(running, "evaluation-1")
+    typed = ["--submission-id", "typed", "--working-dir", ".", "--", "python", "jobs/predict.py", *map(str, done)]
     typed += ["--input", str(small_coco["test"].parent), "--output", str(storage / "predicted")]
     log = running.ray("job", "submit", *typed)
     assert "succeeded" in log and json.loads((storage / "predicted" / "detections.json").read_text()), log
-    require_readable(log)
+    require_readable(running, "typed")
 
 
 def test_a_sweep_is_submitted(running, storage, small_coco, tmp_path):
@@ -100,17 +104,17 @@ def test_a_sweep_is_submitted(running, storage, small_coco, tmp_path):
     asked["name"], asked["tune"] = "sweep", {"trials": 2}
     asked["train"]["epochs"] = 1
     asked["eval"]["every_epochs"] = 1
-    log = running.submit("tune", "--config", write(asked, tmp_path / "sweep"))
+    log = running.submit("--id", "sweep", "tune", "--config", write(asked, tmp_path / "sweep"))
     assert "succeeded" in log and (storage / "sweep" / "best.yaml").exists(), log
-    require_readable(log)
+    require_readable(running, "sweep-1")
 
 
 def test_a_node_is_drained(running, storage, small_coco, tmp_path):
     """`drain.sh`, as the preStop hook calls it: the run keeps a checkpoint and goes on elsewhere."""
     asked = config(small_coco, storage)
     asked["name"] = "drained"
-    asked["train"] |= {"epochs": 3 * EPOCHS, "micro_batch_size": 1}
-    asked["workers"] |= {"num": 2, "max_failures": 0}
+    asked["train"]["epochs"] = 3 * EPOCHS
+    asked["workers"]["max_failures"] = 0
     job = follow(running, "train", "--config", write(asked, tmp_path / "drained"), "--name", "drained")
     while steps_done(storage / "drained") < 3:
         assert job.poll() is None, job.communicate()[0]
