@@ -148,7 +148,7 @@ def _start(log: Path, options: list[str], environment: dict[str, str]) -> subpro
 
 
 def _wait_for(client: dict[str, str], head: subprocess.Popen[bytes], log: Path) -> None:
-    while subprocess.run([RAY, "job", "list"], env=client, capture_output=True).returncode:
+    while subprocess.run([RAY, "job", "list"], env=client, capture_output=True, timeout=120).returncode:
         assert head.poll() is None, log.read_text()
         time.sleep(1)
 
