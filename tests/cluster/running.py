@@ -34,7 +34,7 @@ class Running:
     client: dict[str, str]  # the environment of a machine from which jobs are sent
     gcs: str  # address for nodes and drivers
     metrics_ports: list[int]  # by node, the head first
-    session: Path  # of logs
+    sessions: list[Path]  # folders of logs and of packages, by node
     pids: list[int]  # of `ray start`, by node
 
     def ray(self, *arguments: str, timeout_s: float = 300) -> str:
@@ -68,25 +68,15 @@ def cluster(folder: Path, workers: int, cpus: int, *, may_add: int = 0) -> Itera
         may_add: workers that an autoscaler may add: Ray's own, with processes of this machine for its machines.
     """
     port, dashboard = free_ports(2)
-    # A temporary folder with a short path, for Ray makes sockets in it; the usual one would show this head to others.
-    temporary = mkdtemp(prefix="ray")
+    # Short paths, for Ray makes sockets there; one for each node, for each unpacks a job's package, and removes it.
+    temporary = [mkdtemp(prefix="ray") for _ in range(workers + 1)]
     own = {
         name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == "RAY_DET_REAL_DATA"
     }
     own |= {"HOME": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     own |= {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_memory_monitor_refresh_ms": "0"}
     client = own | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    head = [
-        "--head",
-        "--port",
-        str(port),
-        "--dashboard-port",
-        str(dashboard),
-        "--num-cpus",
-        "0",
-        "--temp-dir",
-        temporary,
-    ]
+    head = ["--head", "--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "0"]
     if may_add:
         own |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
         own |= {"RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
@@ -95,20 +85,21 @@ def cluster(folder: Path, workers: int, cpus: int, *, may_add: int = 0) -> Itera
     metrics = free_ports(workers + 1)
     nodes: list[subprocess.Popen[bytes]] = []
     try:
-        nodes.append(_start(folder / "head.log", [*head, *_ports(metrics[0])], own))
+        nodes.append(_start(folder / "head.log", [*head, *_ports(metrics[0]), "--temp-dir", temporary[0]], own))
         _wait_for(client, nodes[0], folder / "head.log")
         for i in range(workers):
             worker = [f"--address=127.0.0.1:{port}", "--num-cpus", str(cpus), *_ports(metrics[i + 1])]
+            worker += ["--temp-dir", temporary[i + 1]]
             nodes.append(_start(folder / f"worker{i}.log", worker, own))
-        yield Running(
-            client, f"127.0.0.1:{port}", metrics, Path(temporary) / "session_latest", [node.pid for node in nodes]
-        )
+        sessions = [Path(place, "session_latest") for place in temporary]
+        yield Running(client, f"127.0.0.1:{port}", metrics, sessions, [node.pid for node in nodes])
     finally:
         for node in nodes:
             node.terminate()
         for node in nodes:
             node.wait(timeout=120)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for place in temporary:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _autoscaling(address: str, cpus: int, most: int) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def test_a_live_run_shows_every_number_and_logs_json(small_coco, tmp_path):
         time.sleep(30)  # what is set once an epoch stays, where Ray forgets it after 20 seconds
         lines = running.metrics()
         running.submit("stop", "train-run-1")
-        text = "\n".join(file.read_text() for file in (running.session / "logs" / "train").glob("*app-worker*"))
+        logs = [log for node in running.sessions for log in (node / "logs" / "train").glob("*app-worker*")]
+        text = "\n".join(log.read_text() for log in logs)
     assert steps_done(run)
     ranks = {re.findall(r'rank="(\d)"', line)[0] for line in lines if line.startswith("ray_det_step_seconds{")}
     assert ranks == {"0", "1"}

@@ -51,7 +51,7 @@ def processes_of_a_run(running: Running) -> list[str]:
 
 def require_readable(running: Running, job: str) -> str:
     """A job's log: one line after the other, as a file of lines is read."""
-    log = (running.session / "logs" / f"job-driver-{job}.log").read_text()
+    log = (running.sessions[0] / "logs" / f"job-driver-{job}.log").read_text()
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", log), repr(log)
     assert "Traceback" not in log and "arning" not in log, log
     return log
@@ -138,7 +138,7 @@ def test_the_code_that_was_sent_runs_everywhere(running):
 
 
 def test_nothing_is_sent_without_the_token(running):
-    stranger = Running(running.client | {"RAY_AUTH_TOKEN": "0" * 32}, "", [], Path(), [])
+    stranger = Running(running.client | {"RAY_AUTH_TOKEN": "0" * 32}, "", [], [], [])
     said = stranger.submit("train", "--name", "intruder")
     assert "401" in said or "nvalid authentication token" in said, said
     assert "intruder" not in running.ray("job", "list")
