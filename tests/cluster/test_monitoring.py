@@ -76,10 +76,10 @@ def test_a_live_run_shows_every_number_and_logs_json(small_coco, tmp_path):
     asked["eval"]["every_epochs"] = 1
     asked["workers"]["num"] = 2
     run = tmp_path / "runs" / "run"
-    with cluster(tmp_path, workers=2, cpus=2) as running:
+    with cluster(tmp_path, workers=1, cpus=4) as running:
         running.submit("--no-wait", "train", "--config", write(asked, tmp_path / "asked"), "--name", "run")
         wanted = (named() | OURS) - of_machines_with_gpus() - {"ray_det_test_ap"}
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 300
         while missing := wanted - {line.split("{")[0] for line in running.metrics()}:
             assert time.monotonic() < deadline, f"{missing}\n{running.submit('logs', 'train-run-1')}"
             time.sleep(2)
