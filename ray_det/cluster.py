@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,26 +116,54 @@ def require_room(workers: WorkersConfig, beside: int = 0) -> Room:
     Raises:
         UserError: it has none after `start_timeout_s`, where an autoscaler might have added nodes.
     """
-    deadline = time.monotonic() + workers.start_timeout_s
-    local = not os.environ.get("RAY_ADDRESS")
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpu = workers.use_gpu
-        if gpu is None:
-            gpu = fitting(nodes, workers.cpus, gpus=1) >= workers.least
-        room_for = fitting(nodes, workers.cpus, gpus=int(gpu)) - beside
-        start = min(room_for, workers.most)
-        left = sum(node.get("CPU", 0) for node in nodes) - (start + beside) * workers.cpus
-        if room_for >= workers.least and left >= 1:
-            share = left / start
-            return Room(gpu, share, workers.threads or max(1, int(share)), len(nodes) > 1)
-        if local or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    need = f"{workers.cpus:g} CPUs" + (" and a GPU" if gpu else "")
+    if room := _room(workers, beside):
+        return room
+    if os.environ.get("RAY_ADDRESS"):
+        with _asked_for(workers, beside):
+            deadline = time.monotonic() + workers.start_timeout_s
+            while time.monotonic() < deadline:
+                time.sleep(1)
+                if room := _room(workers, beside):
+                    return room
+    nodes = _alive()
+    need = f"{workers.cpus:g} CPUs" + (" and a GPU" if _uses_gpu(workers, nodes) else "")
     who = f"{workers.least} workers" + (" and the validation in the background" if beside else "")
     have = ", ".join(f"{n.get('CPU', 0):g} CPUs {n.get('GPU', 0):g} GPUs" for n in nodes)
     raise UserError(f"no room for {who} with {need} each beside a CPU for loaders: the cluster's nodes have {have}")
+
+
+def _room(workers: WorkersConfig, beside: int) -> Room | None:
+    """What each worker gets of the nodes that there are now; None: there are too few."""
+    nodes = _alive()
+    gpu = _uses_gpu(workers, nodes)
+    room_for = fitting(nodes, workers.cpus, gpus=int(gpu)) - beside
+    start = min(room_for, workers.most)
+    left = sum(node.get("CPU", 0) for node in nodes) - (start + beside) * workers.cpus
+    if room_for < workers.least or left < 1:
+        return None
+    share = left / start
+    return Room(gpu, share, workers.threads or max(1, int(share)), len(nodes) > 1)
+
+
+def _alive() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _uses_gpu(workers: WorkersConfig, nodes: Sequence[Mapping[str, float]]) -> bool:
+    return fitting(nodes, workers.cpus, gpus=1) >= workers.least if workers.use_gpu is None else workers.use_gpu
+
+
+@contextmanager
+def _asked_for(workers: WorkersConfig, beside: int) -> Iterator[None]:
+    """An autoscaler adds nodes for what is asked for and has no place: a reservation, which ends with its driver."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    each = {"CPU": workers.cpus} | ({"GPU": 1.0} if workers.use_gpu else {})
+    place = placement_group([each] * (workers.least + beside) + [{"CPU": 1.0}])
+    try:
+        yield
+    finally:
+        remove_placement_group(place)
 
 
 def place_beside(workers: WorkersConfig, room: Room) -> PlacementGroup:

@@ -24,19 +24,19 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _without_secrets(cls, value: Any) -> Any:
-        if (found := _secret(value)) is not None:
+        if (found := secret_in(value)) is not None:
             raise ValueError(f"{found} {_INSTEAD}")
         return value
 
 
-def _secret(value: Any, key: str = "") -> str | None:
+def secret_in(value: Any, key: str = "") -> str | None:
     """The secret in a field's value, in words. Numbers under such keys are none: `pad_token_id`, `num_tokens`."""
     if isinstance(value, str):
         if value and _SECRET.search(key):
             return f"the text of '{key}'"
         return "the password in a URI" if _PASSWORD_IN_URI.match(value) else None
     if isinstance(value, dict):
-        found = [_secret(inner, str(name)) for name, inner in value.items()]
+        found = [secret_in(inner, str(name)) for name, inner in value.items()]
     else:
-        found = [_secret(inner, key) for inner in value] if isinstance(value, (list, tuple)) else []
+        found = [secret_in(inner, key) for inner in value] if isinstance(value, (list, tuple)) else []
     return next(filter(None, found), None)

@@ -37,7 +37,8 @@ def open_alone(
         notify=lambda update: None,
         asked=Asked,
         preempted=lambda: False,
-        at=lambda phase, step: None,
+        at=lambda phase, step, epoch: None,
+        publish=lambda numbers: None,
         folder=Path(job.run.uri),
         kept=lambda name: nullcontext(Path(job.run.uri, name)),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray_det.config import WandbConfig
-from ray_det.report.metrics_file import MetricsFile, read_records
+from ray_det.report.metrics_file import Kind, MetricsFile, Record, read_records
 from ray_det.report.pictures import Picture, draw, to_jpeg
 from ray_det.report.wandb_run import WandbRun
 from ray_det.retry import PATIENCE_S, patiently
@@ -27,6 +27,7 @@ class Tracker:
         keep_lines: lines of `metrics.jsonl` that the restored checkpoint knew (`lines` when it was saved); the rest is
             cut, for these steps are done again. None: nothing was restored, the file starts empty.
         patience_s: seconds for which the disk may be full.
+        publish: gets each record too.
 
     Raises:
         OSError: the folder cannot be written.
@@ -42,12 +43,14 @@ class Tracker:
         *,
         keep_lines: int | None = None,
         patience_s: float = PATIENCE_S,
+        publish: Callable[[Record], None] = lambda record: None,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(folder / "metrics.jsonl", keep_lines or 0, patience_s)
         self._patience_s = patience_s
         self._wandb = WandbRun(folder, config, run_name, run_id, run_config, read_records(self._file.path))
+        self._publish = publish
         self._finished = False
 
     @property
@@ -68,15 +71,20 @@ class Tracker:
         """
         if "train/batch_loss" not in record:
             raise ValueError(f"a step's record needs train/batch_loss, got {sorted(record)}")
-        self._wandb.send("step", self._file.append(global_step, record))
+        self._log("step", global_step, record)
 
     def log_epoch(self, global_step: int, record: Mapping[str, Any]) -> None:
         """The record of an epoch that ended with `global_step`: `train/epoch_avg_loss`, `learning_rate`, `val/*`."""
-        self._wandb.send("epoch", self._file.append(global_step, record))
+        self._log("epoch", global_step, record)
 
     def log_test(self, global_step: int, record: Mapping[str, Any]) -> None:
         """The final `test/*` numbers."""
-        self._wandb.send("test", self._file.append(global_step, record))
+        self._log("test", global_step, record)
+
+    def _log(self, kind: Kind, global_step: int, record: Mapping[str, Any]) -> None:
+        written = self._file.append(global_step, record)
+        self._publish(written)
+        self._wandb.send(kind, written)
 
     def log_pictures(self, global_step: int, pictures: list[Picture], names: Sequence[str]) -> None:
         """Pictures with boxes, to wandb and as JPEG files in `pictures/`, in place of the last ones.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -48,7 +47,9 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         state = replace(state, phase="train")  # more epochs were asked for
     if checkpoint and runtime.is_main:
         runtime.notify({"message": _goes_on(state, runtime.world)})
-    tracker = _tracker(job, runtime.folder, state.log_lines if checkpoint else None) if runtime.is_main else None
+    tracker = _tracker(job, runtime, state.log_lines if checkpoint else None) if runtime.is_main else None
+    if runtime.is_main:
+        runtime.publish({"global_step": state.global_step})
     bf16 = use_bf16(config.train.precision, runtime.device)
     model, norms = wrap_ddp(detector, runtime.device), NormStatistics(detector)
     return Session(job, runtime, detector, model, optimizer, ema, norms, bf16, state, tracker)
@@ -91,7 +92,15 @@ def _goes_on(state: TrainState, world: int) -> str:
     return f"{text}, on {world} worker{'s' if world > 1 else ''}"
 
 
-def _tracker(job: Job, folder: Path, keep_lines: int | None) -> Tracker:
-    config, facts = job.config, job.facts.config
-    patience_s = job.run.patience_s
-    return Tracker(folder, config.wandb, config.name, job.run_id, facts, keep_lines=keep_lines, patience_s=patience_s)
+def _tracker(job: Job, runtime: Runtime, keep_lines: int | None) -> Tracker:
+    config = job.config
+    return Tracker(
+        runtime.folder,
+        config.wandb,
+        config.name,
+        job.run_id,
+        job.facts.config,
+        keep_lines=keep_lines,
+        patience_s=job.run.patience_s,
+        publish=runtime.publish,
+    )

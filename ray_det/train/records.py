@@ -21,6 +21,7 @@ def log_step(
         clock.first_step_at = time.time()  # its time is the start-up's, not training's
     else:
         clock.train_s, clock.wait_s, clock.images = clock.train_s + seconds, clock.wait_s + wait, clock.images + images
+    session.runtime.publish({"step_s": seconds, "data_wait_share": wait / seconds})
     if not session.tracker:
         return
     record: dict[str, Any] = {

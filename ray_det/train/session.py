@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -62,7 +62,8 @@ class Runtime:
     notify: Callable[[dict[str, Any]], None]  # progress, for whoever watches
     asked: Callable[[], Asked]  # what this rank wants of all of them
     preempted: Callable[[], bool]  # whether a rank's node is about to be taken away; all ranks call it
-    at: Callable[[str, int], None]  # what this rank does next, and the global step: for a watch
+    at: Callable[[str, int, int], None]  # what this rank does next, the global step and the epoch: for a watch
+    publish: Callable[[Mapping[str, Any]], None]  # numbers of this rank, for whoever watches from afar
     folder: Path  # local; on rank 0 it holds metrics.jsonl, the report and staged checkpoints
     kept: Callable[[str], AbstractContextManager[Path]]  # local folder of a checkpoint that was committed
     validate: Callable[[str], Future[Evaluated | None]] | None = None
@@ -147,7 +148,7 @@ class Session:
         return planned * train.rollback_lr_factor**self.state.rollbacks
 
     def at(self, phase: str) -> None:
-        self.runtime.at(phase, self.state.global_step)
+        self.runtime.at(phase, self.state.global_step, self.state.epoch)
 
     def load_spec(self, *, training: bool) -> LoadSpec:
         data, config = self.config.data, self.config

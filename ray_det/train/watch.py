@@ -32,14 +32,16 @@ class Watch:
 
     def __init__(self, who: str, timeout_s: float, tell: Callable[[str], None]) -> None:
         self._who, self._timeout_s, self._tell = who, timeout_s, tell
-        self._phase, self._step, self._since = IDLE, 0, 0.0
+        self._phase, self._since = IDLE, 0.0
+        self.step, self.epoch = 0, 0  # where the rank is
         self._thread_id = threading.get_ident()
 
-    def at(self, phase: str, global_step: int | None = None) -> None:
+    def at(self, phase: str, global_step: int | None = None, epoch: int | None = None) -> None:
         """The rank begins a phase; IDLE is not watched."""
         self._since = time.monotonic()  # first: the watching thread must not see a new phase with an old time
         self._phase = phase
-        self._step = self._step if global_step is None else global_step
+        self.step = self.step if global_step is None else global_step
+        self.epoch = self.epoch if epoch is None else epoch
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -75,4 +77,4 @@ class Watch:
         frame = sys._current_frames().get(self._thread_id)
         last = traceback.extract_stack(frame)[-1] if frame else None
         where = f", in {last.name} ({os.path.basename(last.filename)}:{last.lineno})" if last else ""
-        return f"{self._who} at step {self._step} is in '{self._phase}' for {spent_s:.0f} s{where}"
+        return f"{self._who} at step {self.step} is in '{self._phase}' for {spent_s:.0f} s{where}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import logging
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,9 @@ from ray_det.retry import reason
 from ray_det.storage import Folder, StorageError
 from ray_det.train import loop, store
 from ray_det.train.checkpoint import Checkpoint
+from ray_det.train.gauges import Gauges, short_name
 from ray_det.train.job import Job, Payload
+from ray_det.train.logs import LOG, logging_of
 from ray_det.train.session import Runtime
 from ray_det.train.step import Asked
 from ray_det.train.validator import Validations
@@ -73,13 +74,16 @@ def _train(payload: Payload) -> None:
     manifests = {split: ray.get(reference) for split, reference in payload.manifests.items()}
     loaders = Loaders(payload.room.loader_cpus, [(manifests[s], payload.manifests[s]) for s in manifests])
     loaders.warm_up()
-    with watch.watching(), _warnings(line, rank):
+    name = short_name(run.uri)
+    gauges = Gauges(name, rank)
+    with watch.watching(), gauges.shown(), logging_of(name, rank, watch, line.say):
         _require_shared(run, payload.run_id)
         folder = run.local or temporary
         folder.mkdir(parents=True, exist_ok=True)
         group = _host_group(world)
         if rank == 0:
             _fetch_log(run, folder)
+            gauges.publish(dict.fromkeys(("started_at", "checkpoint_at"), time.time()))
         runtime = Runtime(
             rank=rank,
             world=world,
@@ -88,11 +92,12 @@ def _train(payload: Payload) -> None:
             threads=payload.room.threads,
             stream=loaders.stream,
             newest=partial(_newest, run, rank, group),
-            commit=partial(_commit, run=run, folder=folder, validating=payload.config.eval.background),
-            notify=line.post,
+            commit=partial(_commit, payload, folder, gauges.publish),
+            notify=line.notify,
             asked=line.asked,
             preempted=lambda: ray.train.get_preemption_info() is not None,
             at=watch.at,
+            publish=gauges.publish,
             folder=folder,
             kept=partial(store.local_copy, run),
             validate=Validations(payload, payload.place).start if payload.place else None,
@@ -118,11 +123,18 @@ class _Line:
         self._look = look
         self._looked_at = time.monotonic()
 
-    def post(self, update: dict[str, Any]) -> None:
+    def notify(self, update: dict[str, Any]) -> None:
+        if "message" in update:
+            LOG.info(update["message"])
         self._answer = self._board.post.remote(update)
+
+    def say(self, message: str) -> None:
+        """What is logged already."""
+        self._board.post.remote({"message": message})
 
     def tell(self, message: str) -> None:
         """Last words: they are there when this returns."""
+        LOG.info(message)
         ray.get(self._board.post.remote({"message": message}), timeout=10)
 
     def asked(self) -> Asked:
@@ -135,35 +147,23 @@ class _Line:
         return Asked(stop, look)
 
 
-@contextmanager
-def _warnings(line: _Line, rank: int) -> Iterator[None]:
-    """What rank 0's part of this package warns of is shown by the driver."""
-
-    class ToDriver(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            line.post({"message": record.getMessage()})
-
-    handler, logger = ToDriver(logging.WARNING), logging.getLogger("ray_det")
-    if rank == 0:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
 def _host_group(world: int) -> dist.ProcessGroup | None:
     """A group that moves host objects, whatever the backend of the gradients."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None
 
 
-def _commit(staged: Path, name: str, *, run: Folder, folder: Path, validating: bool) -> None:
+def _commit(
+    payload: Payload, folder: Path, publish: Callable[[dict[str, float]], None], staged: Path, name: str
+) -> None:
     """Keep the checkpoint in the run folder; the log goes first, a checkpoint knows how much of it is its own."""
+    run = payload.run
     if not run.local:
         for name_of_log in LOGS:
             if (folder / name_of_log).exists():
                 run.upload(folder / name_of_log, name_of_log)
-    store.keep(run, staged, name, validating=validating)
+    store.keep(run, staged, name, validating=payload.config.eval.background)
+    publish({"checkpoint_at": time.time()})
+    LOG.info("kept %s", name)
 
 
 def _require_shared(run: Folder, run_id: str) -> None:

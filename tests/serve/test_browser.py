@@ -15,7 +15,7 @@ from PIL import Image
 from tests.report.browser import CHROMIUM, IN_A_BROWSER
 from tests.serve.browser import Tab, tab
 
-pytestmark = [pytest.mark.ray, pytest.mark.skipif(CHROMIUM is None, reason="no chromium")]
+pytestmark = [pytest.mark.ray, IN_A_BROWSER]
 
 SEEN = """(() => {
   const picture = document.getElementById("picture"), frame = picture.getBoundingClientRect();
