@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -13,6 +13,7 @@ from ray_det.report.markup import document, duration_of, tile
 from ray_det.report.stability import JUMP, WINDOW, Stability
 
 STYLE = ".mean { stroke-width: 2.5; } .seed { opacity: .7; } .line.s6, .line.s0 { stroke-width: 2.2; } "
+STYLE += ".charts + .table { margin-top: 12px; } td:first-child { overflow-wrap: normal; min-width: 18ch; } td small { display: block; color: var(--soft); } "
 STYLE += "tr.reference { font-weight: 600; } .under { margin: 6px 0 0; color: var(--soft); font-size: 12px; } "
 STYLE += ".tiles { grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); }"
 HEADS = {
@@ -62,13 +63,13 @@ def compare_page(name: str, reports: Sequence[ArmReport]) -> str:
         f"<style>{STYLE}</style><header><h1>{escape(name)}</h1><p>{escape(' · '.join(facts))}</p></header>",
         _tiles(reports),
         f'<h2>Average precision</h2><section class="charts">{aps(reports)}{differences(reports)}</section>',
-        _table(["arm", "changes", "val/AP", "test/AP", "difference, 95 % interval", "runs"], reports, _ap_cells),
+        _table(["val/AP", "test/AP", "difference, 95 % interval", "runs"], reports, _ap_cells),
         _under(
             "Mean ± standard deviation over seeds; val/AP of the best epoch, test/AP of its weights. Intervals: paired "
             "bootstrap over the test images and the seeds. A grey one holds 0: the difference may be chance."
         ),
         "<h2>Stability</h2>",
-        _table(["arm", *HEADS.values()], reports, lambda report: [report.name, *_stability(report)]),
+        _table([*HEADS.values()], reports, _stability),
         _under(
             f"Largest jump: batch loss over its median of {WINDOW} steps, the largest of all runs. Variance: within an "
             "epoch, the median over epochs. Gradient norms are before clipping. Means over seeds; largest ones of all."
@@ -92,11 +93,14 @@ def _tiles(reports: Sequence[ArmReport]) -> str:
     return f'<section class="tiles">{"".join(tiles)}</section>'
 
 
-def _table(heads: Sequence[str], reports: Sequence[ArmReport], cells: Any) -> str:
-    head = "".join(f"<th>{escape(one)}</th>" for one in heads)
+def _table(heads: Sequence[str], reports: Sequence[ArmReport], cells: Callable[[ArmReport], list[str]]) -> str:
+    """A row for each arm."""
+    head = "".join(f"<th>{escape(one)}</th>" for one in ("arm", *heads))
     rows = []
     for i, report in enumerate(reports):
-        body = "".join(f"<td>{escape(cell)}</td>" for cell in cells(report))
+        changes = ", ".join(f"{name} {value}" for name, value in report.params.items())
+        body = f"<td>{escape(report.name)}<small>{escape(changes)}</small></td>"
+        body += "".join(f"<td>{escape(cell)}</td>" for cell in cells(report))
         rows.append(f"<tr{' class=reference' if i == 0 else ''}>{body}</tr>")
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -106,10 +110,9 @@ def _under(text: str) -> str:
 
 
 def _ap_cells(report: ArmReport) -> list[str]:
-    changes = ", ".join(f"{name} {value}" for name, value in report.params.items())
     failed = [run.trial.error for run in report.runs if run.trial.state == "failed"]
     runs = f"{len(report.finished)} of {len(report.runs)}" + (f" ({failed[0]})" if failed else "")
-    return [report.name, changes or "–", *_aps(report), runs]
+    return [*_aps(report), runs]
 
 
 def _aps(report: ArmReport) -> list[str]:

@@ -31,7 +31,12 @@ def run(seed: int, ap: float, jump: float = 1.0, state: str = "finished", error:
 REPORTS = [
     ArmReport("reference", {}, (run(0, 0.40), run(1, 0.42), run(2, 0.44))),
     ArmReport("zero", {"data.padding": "zero"}, (run(0, 0.30), run(1, 0.32)), Difference(-0.1, -0.15, -0.05)),
-    ArmReport("wild", {"optim.clip_norm": 0}, (run(0, 0.41, jump=9), run(1, 0.43)), Difference(0.0, -0.02, 0.02)),
+    ArmReport(
+        "wild arm of many changes",
+        {"optim.clip_norm": 0, "optim.schedule": "constant", "optim.weight_decay": 0.01},
+        (run(0, 0.41, jump=9), run(1, 0.43)),
+        Difference(0.0, -0.02, 0.02),
+    ),
     ArmReport("lost", {"optim.lr": 9.0}, (run(0, 0, state="failed", error=EVIL),)),
 ]
 
@@ -51,7 +56,7 @@ def test_the_table_for_a_terminal_is_aligned():
     assert len(lines) == 1 + len(REPORTS)
     start = lines[0].index("difference")
     assert lines[2][start:].startswith("-0.100 [-0.150, -0.050]")
-    assert lines[1].startswith("reference  0.420 ± 0.020")
+    assert lines[1][lines[0].index("val/AP") :].startswith("0.420 ± 0.020  0.430 ± 0.020  –")
 
 
 def test_the_page_says_what_is_clear_and_fetches_nothing():
@@ -75,6 +80,8 @@ def test_a_browser_draws_the_comparison(tmp_path):
     assert zero["middle"] < wild["middle"] == pytest.approx(probe["zero"], abs=1)
     assert len(probe["seeds"]) == 7 and max(probe["seeds"][:3]) > max(probe["seeds"][3:5])
     assert min(probe["losses"]) > 450 and not probe["overflow"]
+    assert probe["rows"] and max(probe["rows"]) < 90  # no name is broken into letters
+    assert all(inner <= outer for inner, outer in probe["tables"])
 
 
 PROBE = """(() => {
@@ -87,5 +94,6 @@ return {
     middle: box(g.querySelector("circle")).x + box(g.querySelector("circle")).width / 2,
   })),
   zero: box(of("line.guide")[0]).x, seeds: of(".seed").map((c) => box(c).x),
+  rows: of("tbody tr").map((r) => box(r).height), tables: of(".table").map((t) => [t.scrollWidth, t.clientWidth]),
   overflow: document.body.scrollWidth > innerWidth,
 }; })()"""
