@@ -13,7 +13,8 @@ from ray_det.report.markup import document, duration_of, tile
 from ray_det.report.stability import JUMP, WINDOW, Stability
 
 STYLE = ".mean { stroke-width: 2.5; } .seed { opacity: .7; } .line.s6, .line.s0 { stroke-width: 2.2; } "
-STYLE += ".charts + .table { margin-top: 12px; } td:first-child { overflow-wrap: normal; min-width: 18ch; } td small { display: block; color: var(--soft); } "
+STYLE += ".charts + .table { margin-top: 12px; } td:first-child { overflow-wrap: normal; min-width: 18ch; } "
+STYLE += "td small { display: block; color: var(--soft); } "
 STYLE += "tr.reference { font-weight: 600; } .under { margin: 6px 0 0; color: var(--soft); font-size: 12px; } "
 STYLE += ".tiles { grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); }"
 HEADS = {
