@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def parse(
         reserved["recipe"] = "a configuration to start from: " + ", ".join(recipe_files.names())
     flags, special = _read_flags(argv, fields, reserved)
     if "help" in special:
-        print(help_text(config_class, description, fields, reserved))
+        _show(help_text(config_class, description, fields, reserved))
         raise SystemExit(0)
     if "version" in special:
         print(f"ray_det {metadata.version('ray-det')}")
@@ -133,6 +134,14 @@ def main(function: Callable[[], object]) -> None:
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _show(text: str) -> None:
+    """Print what may be piped into `head`, which reads a part only."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # Flags and files, flattened to dotted names

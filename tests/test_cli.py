@@ -320,3 +320,13 @@ def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Train
 def test_yaml_round_trip_of_paths_and_lists() -> None:
     config = small("--output", "5e-5", "--inner.sizes", "1,2", "--inner.names", "007")
     assert cli.from_yaml(Small, cli.to_yaml(config)) == config
+
+
+def test_help_may_be_read_in_part() -> None:
+    said = subprocess.run(
+        f"{sys.executable} {Path(__file__).parents[1] / 'jobs' / 'train.py'} --help | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout.startswith("usage: train.py") and said.stderr == ""

@@ -2,7 +2,7 @@
 
 hotcoco gets positions for ids: it knows no negative ids, and pycocotools' order of images and classes is that of their
 ids. What it would count in another way is brought to it as pycocotools sees it (annotations that share an id), or left
-to pycocotools class by class: an annotation with id 0, which pycocotools never finds, and what is not a number.
+to pycocotools class by class: an annotation with id 0, which pycocotools never finds, and what is not a finite number.
 
 Shape legend: M annotations, N detections.
 """
@@ -32,8 +32,8 @@ def curves(annotations: Annotations, results: Results, image_ids: np.ndarray, cl
         ValueError: results of an image that is not there.
     """
     truth, found_N7 = read(annotations, results, image_ids := np.unique(image_ids))
-    odd_M = (truth.ids_M == 0) | np.isnan(truth.boxes_M4).any(axis=1)
-    odd = np.union1d(truth.labels_M[odd_M], found_N7[np.isnan(found_N7).any(axis=1), _LABEL].astype(np.int64))
+    odd_M = (truth.ids_M == 0) | ~np.isfinite(truth.boxes_M4).all(axis=1)
+    odd = np.union1d(truth.labels_M[odd_M], found_N7[~np.isfinite(found_N7).all(axis=1), _LABEL].astype(np.int64))
     rest = truth.take(~np.isin(truth.labels_M, odd)), found_N7[~np.isin(found_N7[:, _LABEL], odd)]
     result = _by_hotcoco(*(rest if len(odd) else (truth, found_N7)), len(image_ids), classes)
     for label in odd:
