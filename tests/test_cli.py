@@ -323,10 +323,8 @@ def test_yaml_round_trip_of_paths_and_lists() -> None:
 
 
 def test_help_may_be_read_in_part() -> None:
+    job = Path(__file__).parents[1] / "jobs" / "train.py"
     said = subprocess.run(
-        f"{sys.executable} {Path(__file__).parents[1] / 'jobs' / 'train.py'} --help | head -n 1",
-        shell=True,
-        capture_output=True,
-        text=True,
+        f"{sys.executable} {job} --help | head -n 1", shell=True, capture_output=True, text=True, check=True
     )
     assert said.stdout.startswith("usage: train.py") and said.stderr == ""
