@@ -19,6 +19,7 @@ from typing import Any
 
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
+from tests.cluster.provider import Provider
 from tests.ranks import ROOT
 from tests.s3 import free_ports
 
@@ -78,9 +79,16 @@ def cluster(folder: Path, workers: int, cpus: int, *, may_add: int = 0) -> Itera
     client = own | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     head = ["--head", "--port", str(port), "--dashboard-port", str(dashboard), "--num-cpus", "0"]
     if may_add:
-        own |= {"RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        own |= {
+            "RAY_enable_autoscaler_v2": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "PYTHONPATH": str(ROOT),
+        }
         own |= {"RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
-        (folder / "autoscaling.json").write_text(json.dumps(_autoscaling(f"127.0.0.1:{port}", cpus, may_add)))
+        (folder / "autoscaling.json").write_text(
+            json.dumps(_autoscaling(f"127.0.0.1:{port}", temporary[0], cpus, may_add))
+        )
         head += ["--autoscaling-config", str(folder / "autoscaling.json")]
     metrics = free_ports(workers + 1)
     nodes: list[subprocess.Popen[bytes]] = []
@@ -102,8 +110,9 @@ def cluster(folder: Path, workers: int, cpus: int, *, may_add: int = 0) -> Itera
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _autoscaling(address: str, cpus: int, most: int) -> dict[str, Any]:
-    provider = {"type": "fake_multinode", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
+def _autoscaling(address: str, folder: str, cpus: int, most: int) -> dict[str, Any]:
+    provider = {"type": "external", "module": f"{Provider.__module__}.{Provider.__name__}", "folder": folder}
+    provider |= {"launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
     worker = {"resources": {"CPU": cpus, "object_store_memory": 150 << 20}, "node_config": {}, "max_workers": most}
     return {
         "cluster_name": "test",
