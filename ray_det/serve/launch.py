@@ -96,8 +96,7 @@ def _greeting(config: ServeConfig, local: bool) -> str:
 
 
 def _stop(name: str, local: bool) -> None:
-    if not local:
-        serve.delete(name)
+    serve.delete(name)  # first: with Serve the proxy goes too, and with it the connections of requests
     if local or not serve.status().applications:
         serve.shutdown()
     ray.shutdown()

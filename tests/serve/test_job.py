@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -51,7 +52,7 @@ def job(checkpoint: Path, home: Path, *options: object) -> Iterator[tuple[subpro
     )
     try:
         assert process.stdout
-        said = "".join(line for line, _ in zip(process.stdout, range(2), strict=False))
+        said = "".join(islice(process.stdout, 2))
         found = re.fullmatch(r"serving .* at (http://127.0.0.1:\d+)/\nmetrics at (http\S+)\n", said)
         assert found, said + process.stdout.read()
         yield process, found[1], found[2]
@@ -95,7 +96,7 @@ def test_a_killed_replica_is_replaced_and_a_killed_job_leaves_no_process(checkpo
             time.sleep(0.5)
         family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-        _, alive = psutil.wait_procs(family, timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=120)  # Ray's agents look once a minute
         assert alive == []
 
 
