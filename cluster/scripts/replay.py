@@ -24,6 +24,8 @@ KEPT = 40
 """Lines of an answer, where a block does not say."""
 BLOCK = re.compile(r"^```console *(\d*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ (?:.*\\\n)*.*\n", re.MULTILINE)
+PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t(?:INFO|SUCC|WARN|WARNING) \S+\.py:\d+ -- ", re.MULTILINE)
+"""What Ray puts before its lines where they are not read on a terminal."""
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[^\n]*\r(?=[^\n])|\r")
 
 
@@ -48,7 +50,8 @@ class Shell:
         seen: list[str] = []
         for line in self._bash.stdout:
             if line.startswith(f"{end} "):
-                return CONTROL.sub("", "".join(seen)).replace(str(self.home), "~").strip("\n"), int(line.split()[1])
+                answer = PREFIX.sub("", CONTROL.sub("", "".join(seen))).replace(str(self.home), "~")
+                return answer.strip("\n"), int(line.split()[1])
             seen.append(line)
         raise SystemExit(f"the shell ended in: {command}")
 

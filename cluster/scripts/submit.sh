@@ -12,6 +12,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 export PATH="$root/.venv/bin:$PATH"
 export RAY_ADDRESS="${RAY_ADDRESS:-http://127.0.0.1:8265}" RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+export PYTHONUNBUFFERED=1 # a log that is piped comes line by line
 export RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES="" # .rayignore says it; Ray's own list comes with a warning
 
 fail() {
