@@ -158,7 +158,7 @@ def test_default_recipe_only_where_nothing_was_named(tmp_path: Path) -> None:
         ("--train.epochs --seed 1", "--train.epochs: the value is missing; expected int >= 1"),
         ("stray", "unexpected argument 'stray'; options are --section.field VALUE (see --help)"),
         ("-x 1", "unexpected argument '-x'; options are --section.field VALUE (see --help)"),
-        ("--recipe nope", "unknown recipe 'nope'; there are baseline, finetune, quickstart"),
+        ("--recipe nope", "unknown recipe 'nope'; there are baseline, finetune, from_imagenet, quickstart"),
         ("--config nope.yaml", "--config nope.yaml: No such file or directory"),
         ("--config a --recipe finetune", "give --config or --recipe, not both (a file may itself say `recipe: NAME`)"),
     ],

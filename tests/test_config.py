@@ -26,6 +26,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "data": {"padding": "zero", "window": 1},
         "optim": {"lr": 1e-4, "weight_decay": 1e-2, "schedule": "constant", "clip_norm": 0.0},
     },
+    "from_imagenet": {
+        "data": {"image_size": 320},
+        "model": {"name": "torchvision/fcos_mobilenet_v2_fpn", "fpn_channels": 128},
+        "optim": {"lr": 5e-4, "warmup_steps": 50},
+        "train": {"epochs": 12, "global_batch_size": 8},
+    },
 }
 
 
@@ -45,7 +51,7 @@ def test_quickstart_needs_neither_data_nor_a_download() -> None:
 
 
 def test_every_recipe_says_what_it_is_for() -> None:
-    assert recipes.names() == ["baseline", "finetune", "quickstart"]
+    assert recipes.names() == ["baseline", "finetune", "from_imagenet", "quickstart"]
     assert all(recipes.text(name).startswith("# ") for name in recipes.names())
 
 

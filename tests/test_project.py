@@ -121,10 +121,10 @@ def test_recipes_and_readme_agree() -> None:
     from ray_det import cli
     from ray_det.config import TrainJobConfig
 
-    rows = re.findall(r"^\| `([\w.]+)` \|([^|]*\|[^|]*\|[^|]*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.]+)` \|((?:[^|\n]*\|){3}[^|\n]*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     table = {key: [cell.strip().strip("`") for cell in cells.split("|")] for key, cells in rows}
     assert len(table) >= 8
-    for column, name in enumerate(("quickstart", "finetune", "baseline")):
+    for column, name in enumerate(("quickstart", "finetune", "from_imagenet", "baseline")):
         config = cli.parse(TrainJobConfig, ["--recipe", name], description="", recipes=True)[0].model_dump()
         for key, cells in table.items():
             section, field = key.split(".")
