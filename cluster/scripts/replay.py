@@ -22,9 +22,11 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = 40
 """Lines of an answer, where a block does not say."""
+WIDTH = 200
+"""Characters of a line."""
 BLOCK = re.compile(r"^```console *(\d*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ (?:.*\\\n)*.*\n", re.MULTILINE)
-PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t(?:INFO|SUCC|WARN|WARNING) \S+\.py:\d+ -- ", re.MULTILINE)
+PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t[A-Z]+ \S+\.py:\d+ -- ", re.MULTILINE)
 """What Ray puts before its lines where they are not read on a terminal."""
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[^\n]*\r(?=[^\n])|\r")
 
@@ -35,7 +37,7 @@ class Shell:
     def __init__(self, home: Path) -> None:
         kept = ("PATH", "LANG", "TERM", "PIP_", "UV_", "SSL_")
         own = {name: value for name, value in os.environ.items() if name.startswith(kept)}
-        own |= {"HOME": str(home), "COLUMNS": "120"}
+        own |= {"HOME": str(home), "COLUMNS": "120", "PIP_ROOT_USER_ACTION": "ignore"}
         self.home = home
         self._bash = subprocess.Popen(
             ["bash", "--norc"], cwd=home, env=own, text=True, bufsize=1,
@@ -61,7 +63,7 @@ class Shell:
 
 def shortened(answer: str, most: int) -> list[str]:
     """The first and the last lines: two thirds of what is kept are the last."""
-    lines = [line.rstrip() for line in answer.splitlines()]
+    lines = [line.rstrip() if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in answer.splitlines()]
     if len(lines) <= most:
         return lines
     first = most // 3
