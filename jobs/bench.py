@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 
 from ray_det import cli
@@ -39,6 +40,7 @@ def main() -> None:
 
     from ray_det.bench.measure import table
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what it started ends with it
     figures = []
     for figure in module.run(config):
         print(json.dumps(figure.to_json()), flush=True)
