@@ -101,8 +101,11 @@ def test_norms_over_all_ranks_are_those_that_are_not_frozen(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_networks_give_the_same_losses_gradients_and_boxes(family):
-    """With one and with three pictures; and most of the weights are in what is compiled."""
-    eager, compiled = build(family).train(), build(family).train()
+    """With one and with three pictures; and most of the weights are in what is compiled.
+
+    In float64: in float32 a change of the weights by 2e-7 alone moves gradients by 5 %, through batch norms and matches.
+    """
+    eager, compiled = build(family).train().double(), build(family).train().double()
     inside = {id(p) for module in compiled.networks for p in module.parameters()}
     count = sum(p.numel() for p in compiled.parameters())
     assert sum(p.numel() for p in compiled.parameters() if id(p) in inside) > 0.8 * count
@@ -120,4 +123,4 @@ def test_compiled_networks_give_the_same_losses_gradients_and_boxes(family):
             found[-1]["loss"] = losses["loss"]
         assert found[0].keys() == found[1].keys()
         for name, value in found[0].items():
-            assert torch.allclose(value, found[1][name], atol=1e-3 * float(value.abs().max()) + 1e-6), name
+            assert torch.allclose(value, found[1][name], atol=1e-6 * float(value.abs().max()) + 1e-9), name
