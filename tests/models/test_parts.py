@@ -103,7 +103,7 @@ def test_norms_over_all_ranks_are_those_that_are_not_frozen(family):
 def test_compiled_networks_give_the_same_losses_gradients_and_boxes(family):
     """With one and with three pictures; and most of the weights are in what is compiled.
 
-    In float64: in float32 a change of the weights by 2e-7 alone moves gradients by 5 %, through batch norms and matches.
+    In float64: in float32 a change of the weights by 2e-7 alone moves gradients by 5 %, through batch norms.
     """
     eager, compiled = build(family).train().double(), build(family).train().double()
     inside = {id(p) for module in compiled.networks for p in module.parameters()}
