@@ -31,6 +31,9 @@ LOCALLY = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
     "RAY_task_events_report_interval_ms": "0",  # no dashboard shows them, and Ray's server remembers 100,000 tasks
 }
+UNUSED_LOCALLY = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Python processes that Ray starts, and in part waits for, which a run on one machine has no use for: a dashboard
+without pages, an autoscaler without machines, logs for a driver that does not take them. What Ray renames stays."""
 ELASTIC_START_S = 10.0
 """A range of workers is placed at once or not at all: Ray may still count a node that is gone, and must look again."""
 
@@ -57,14 +60,30 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
     for name, value in LOCALLY.items():
         os.environ.setdefault(name, value)
     most = min(workers.most, int(here // workers.cpus))
-    ray.init(
-        "local",  # a cluster that happens to run here is another's
-        num_cpus=here + int(-(-(most + beside) * workers.cpus // 1)),
-        include_dashboard=False,  # seconds of start-up and a process that computes beside the training
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with _fewer_processes():
+        ray.init(
+            "local",  # a cluster that happens to run here is another's
+            num_cpus=here + int(-(-(most + beside) * workers.cpus // 1)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     _give_a_head_start()
+
+
+@contextmanager
+def _fewer_processes() -> Iterator[None]:
+    """Ray's nodes start without `UNUSED_LOCALLY`: a second or two of every start, and memory."""
+    from ray._private.node import Node
+
+    known = {name: getattr(Node, name) for name in UNUSED_LOCALLY if hasattr(Node, name)}
+    try:
+        for name in known:
+            setattr(Node, name, lambda self, **options: None)
+        yield
+    finally:
+        for name, method in known.items():
+            setattr(Node, name, method)
 
 
 def cores() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -20,13 +21,17 @@ def readme_commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith("pip install uv && ")]
 
 
-def committed_text() -> dict[str, str]:
+def committed_files() -> list[str]:
     git = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
     listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
+    return [name for name in listed.stdout.split("\0") if name]
+
+
+def committed_text() -> dict[str, str]:
     files: dict[str, str] = {}
-    for name in filter(None, listed.stdout.split("\0")):
+    for name in committed_files():
         try:
             files[name] = (ROOT / name).read_text(encoding="utf-8")
         except (UnicodeDecodeError, FileNotFoundError):  # a picture, or deleted and not yet committed
@@ -108,6 +113,21 @@ def test_committed_text_names_no_machine() -> None:
         for hit in pattern.finditer(text)
     ]
     assert found == []
+
+
+def test_links_lead_somewhere() -> None:
+    """Pages and pictures that the documentation names are committed with it."""
+    files = committed_files()
+    folders = {str(parent) for name in files for parent in Path(name).parents}
+    links = [
+        (name, os.path.normpath(Path(name).parent / link))
+        for name, text in committed_text().items()
+        if name.endswith(".md")
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+        if "://" not in link
+    ]
+    assert ("README.md", "docs/recipe.md") in links
+    assert [link for link in links if link[1] not in folders.union(files)] == []
 
 
 def test_files_stay_small() -> None:

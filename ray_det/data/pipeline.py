@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +56,8 @@ class Loaders:
     def __init__(self, cpus: float, shared: Sequence[tuple[Manifest, ray.ObjectRef]] = ()) -> None:
         self._cpus = cpus
         self._shared = list(shared)
+        self._key = uuid4().hex[:8]
+        self._running: set[int] = set()
 
     def warm_up(self) -> None:
         """Have loader processes start and import, while this one does something else."""
@@ -68,14 +73,27 @@ class Loaders:
         """
         blocks, turn = _blocks(work.assignment), 0
         for first in range(0, len(blocks), EXECUTION_BLOCKS):
-            for batch in self._execute(work, blocks[first : first + EXECUTION_BLOCKS]):
-                _check_turn(batch, work.assignment.keys[turn])
-                turn += 1
-                yield batch
+            with self._name() as name:
+                for batch in self._execute(work, blocks[first : first + EXECUTION_BLOCKS], name):
+                    _check_turn(batch, work.assignment.keys[turn])
+                    turn += 1
+                    yield batch
         if turn != len(work.assignment):
             raise RuntimeError(f"the loader gave {turn} of {len(work.assignment)} planned micro-batches")
 
-    def _execute(self, work: Shard, blocks: list[Assignment]) -> Iterator[MicroBatch]:
+    @contextmanager
+    def _name(self) -> Iterator[str]:
+        """Of one execution, free again once it has ended: Ray's metrics keep a hundred time series of a name for ever,
+        and a new name for each epoch costs a megabyte each.
+        """
+        number = next(n for n in count() if n not in self._running)
+        self._running.add(number)
+        try:
+            yield f"loaders_{self._key}_{number}"
+        finally:
+            self._running.remove(number)
+
+    def _execute(self, work: Shard, blocks: list[Assignment], name: str) -> Iterator[MicroBatch]:
         manifest, plan, spec = self._put(work.manifest), ray.put(blocks), work.spec
 
         def load_block(rows: Any) -> Iterator[pa.Table]:
@@ -86,6 +104,7 @@ class Loaders:
         configure(ray.data.DataContext.get_current())
         dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks))
         dataset = dataset.map_batches(load_block, batch_size=None, num_cpus=1)
+        dataset.get_dataset_id = lambda: name
         options = dataset.context.execution_options
         options.preserve_order = True
         options.resource_limits = options.resource_limits.copy(cpu=max(1.0, self._cpus))

@@ -45,6 +45,28 @@ def test_a_manifest_goes_to_the_object_store_once(manifest, monkeypatch):  # noq
     assert [value for value in puts if value is manifest] == [manifest]
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_epochs_share_a_name_and_streams_at_the_same_time_do_not(manifest):  # noqa: F811
+    """Ray's metrics never forget a name: with one per epoch they grow for as long as a run lasts."""
+    import ray
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    from ray_det.data.pipeline import Loaders
+
+    def names() -> set[str]:
+        return set(ray.get(get_or_create_stats_actor().get_datasets.remote()))
+
+    loaders, before = Loaders(2), names()
+    shards = [collate.Shard(manifest, plan_of(manifest, epoch).assign(0, 1), TRAIN) for epoch in range(3)]
+    for shard in shards:
+        assert len(list(loaders.stream(shard))) == len(shard.assignment)
+    assert len(names() - before) == 1
+    first, second = loaders.stream(shards[0]), loaders.stream(shards[1])
+    assert (next(first).epoch, next(second).epoch) == (0, 1)
+    assert len(names() - before) == 2
+    assert len(list(first)) + len(list(second)) == len(shards[0].assignment) + len(shards[1].assignment) - 2
+
+
 def test_blocks_are_small_at_first_and_bounded():
     from ray_det.data.pipeline import BLOCK_BATCHES, BLOCK_BYTES, _blocks
 
