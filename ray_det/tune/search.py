@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -142,6 +143,16 @@ def rule_of(config: SearchConfig, epochs: int) -> TrialScheduler:
     return FIFOScheduler()
 
 
+class Silent(TrialProgressCallback):
+    """In place of Tune's own, which tells of interrupted trials whatever `verbose` says."""
+
+    def log_result(self, trial: Any, result: dict[str, Any], error: bool = False) -> None:
+        pass
+
+    def _print(self, msg: str) -> None:
+        pass
+
+
 def run_tuner(
     line: Line, scheduler: TrialScheduler, shared: Shared, *, trials: int, at_once: int, retries: int
 ) -> None:
@@ -161,6 +172,7 @@ def run_tuner(
                 name="trials",
                 storage_path=scratch,
                 verbose=0,
+                callbacks=[Silent()],
                 failure_config=tune.FailureConfig(max_failures=retries),
             ),
         ).fit()
