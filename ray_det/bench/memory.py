@@ -71,11 +71,15 @@ def watched(command: list[str]) -> list[Sample]:
     samples: list[Sample] = []
     with TemporaryFile("w+") as output:
         job = subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
-        while job.poll() is None:
-            sample = _sample(psutil.Process(job.pid))
-            if "train worker" in sample:
-                samples.append(sample)
-            time.sleep(EVERY_S)
+        try:
+            while job.poll() is None:
+                sample = _sample(psutil.Process(job.pid))
+                if "train worker" in sample:
+                    samples.append(sample)
+                time.sleep(EVERY_S)
+        finally:
+            job.terminate()  # where this process is ended first
+            job.wait()
         if job.returncode:
             output.seek(0)
             raise RuntimeError("".join(output.readlines()[-30:]))

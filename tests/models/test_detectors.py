@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from ray_det.models.build import build_detector
-from ray_det.models.detector import Batch
+from ray_det.models.detector import Batch, Prediction
 from ray_det.types import IMAGENET_MEAN
 from tests.models.zoo import CLASSES, CNNS, DETRS, FAMILIES, SIZES, batch, build, gradients, spread_scores
 
@@ -90,6 +90,13 @@ def test_predictions_are_sorted_and_inside_the_real_pixels(family):
         assert (boxes >= 0).all() and (boxes[:, [0, 2]] <= width).all() and (boxes[:, [1, 3]] <= height).all()
 
 
+def has_partner(these: Prediction, those: Prediction) -> torch.Tensor:
+    """bool (N,): which of these are among those too, to 1e-4. Ranks are not compared: scores may be equal to 1e-7."""
+    boxes = (these["boxes"][:, None] - those["boxes"]).abs().amax(-1)
+    scores = (these["scores"][:, None] - those["scores"]).abs()
+    return ((torch.maximum(boxes, scores) < 1e-4) & (these["labels"][:, None] == those["labels"])).any(1)
+
+
 @families
 def test_batch_mates_do_not_matter(family):
     detector = spread_scores(build(family))
@@ -104,8 +111,8 @@ def test_batch_mates_do_not_matter(family):
             )
             found = detector.predict(alone)[0]
             assert len(found["scores"]) == len(expected["scores"])
-            for key in ("boxes", "scores"):
-                assert torch.allclose(found[key][:20], expected[key][:20], atol=1e-4), key
+            assert torch.allclose(found["scores"], expected["scores"], atol=1e-4)
+            assert has_partner(expected, found)[:20].all()
 
 
 @families
