@@ -143,6 +143,19 @@ def test_first_steps_are_not_counted(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{MARK}1.0\n"
 
 
+def test_a_weighed_run_ends_with_its_benchmark(monkeypatch):
+    seen = []
+
+    def ended(driver):
+        seen.append(driver)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(memory, "_sample", ended)
+    with pytest.raises(SystemExit):
+        memory.watched([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert [driver.is_running() for driver in seen] == [False]
+
+
 def test_processes_have_roles():
     assert memory.role(["ray::RayTrainWorker.init_train_context"]) == "train worker"
     assert memory.role(["ray::TrainController.run"]) == "Ray Train's controller"
