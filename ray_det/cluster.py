@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
+from ray._private import ray_constants
 
 from ray_det.config import WorkersConfig
 from ray_det.types import UserError
@@ -26,11 +28,17 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, without the warning
     "RAY_COLOR_PREFIX": "0",  # its warnings are coloured in files too
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 seconds that a spot node may have
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train says so to its own processes
 }
 LOCALLY = {
+    "RAY_prestart_worker_first_driver": "0",  # processes without Ray Train's settings, which nobody takes
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
     "RAY_task_events_report_interval_ms": "0",  # no dashboard shows them, and Ray's server remembers 100,000 tasks
 }
+LIMITS = ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
+"""That depend on the configuration: see `set_limits`."""
+END_S = 3.0
+"""For Ray's processes to end by themselves once the driver has."""
 UNUSED_LOCALLY = ("start_api_server", "start_monitor", "start_log_monitor")
 """Python processes that Ray starts, and in part waits for, which a run on one machine has no use for: a dashboard
 without pages, an autoscaler without machines, logs for a driver that does not take them. What Ray renames stays."""
@@ -59,6 +67,7 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
     # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
     for name, value in LOCALLY.items():
         os.environ.setdefault(name, value)
+    set_limits(workers)
     most = min(workers.most, int(here // workers.cpus))
     with _fewer_processes():
         ray.init(
@@ -67,8 +76,22 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            runtime_env={"env_vars": train_environment()},
         )
+    atexit.register(_end_all_processes)  # before Ray's own ends
     _give_a_head_start()
+
+
+def _end_all_processes() -> None:
+    """End Ray, and kill what of it does not end: now and then a process of Ray 2.60 waits for itself for ever."""
+    import psutil
+
+    processes = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    _, left = psutil.wait_procs(processes, timeout=END_S)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 @contextmanager
@@ -104,7 +127,16 @@ def prepare_environment() -> None:
     """Settings that Ray reads when it starts; what the user has set stays."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Ray has read this one when it was imported.
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] != "0"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile its imports anew
+
+
+def train_environment() -> dict[str, str]:
+    """What Ray Train will set for its processes. Ray lets tasks and actors share processes where theirs is the same."""
+    names = [*ENVIRONMENT, *LOCALLY, *LIMITS]
+    shared = [name for name in names if name.startswith("RAY_TRAIN_")] + ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"]
+    return {name: os.environ[name] for name in shared if name in os.environ}
 
 
 def set_limits(workers: WorkersConfig) -> None:

@@ -7,7 +7,7 @@ nothing has to be split between ranks, and resuming is a shorter assignment.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeVar
@@ -59,10 +59,16 @@ class Loaders:
         self._key = uuid4().hex[:8]
         self._running: set[int] = set()
 
-    def warm_up(self) -> None:
-        """Have loader processes start and import, while this one does something else."""
+    def warm_up(self, env_vars: Mapping[str, str] | None = None) -> None:
+        """Have loader processes start and import, while this one does something else.
+
+        Args:
+            env_vars: what the process that will stream has of its runtime environment and this one has not: only
+                loaders that have it too will be its own.
+        """
+        task = wake.options(runtime_env={"env_vars": dict(env_vars)}) if env_vars else wake
         for _ in range(max(1, int(self._cpus))):
-            wake.remote()
+            task.remote()
 
     def stream(self, work: Shard) -> Iterator[MicroBatch]:
         """Load a shard's micro-batches and yield them in order.

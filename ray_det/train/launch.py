@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
-from ray_det.cluster import Room, place_beside, require_room, scaling, set_limits, start_ray
+from ray_det.cluster import Room, place_beside, require_room, scaling, set_limits, start_ray, train_environment
 from ray_det.config import TrainJobConfig
 from ray_det.data.headers import HeaderChunk
 from ray_det.data.manifest import Manifest
@@ -60,7 +60,7 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
         room = require_room(job.config.workers, job.config.validators)
         from ray_det.data.pipeline import Loaders  # Ray Data, which is being imported beside
 
-        Loaders(room.loader_cpus).warm_up()
+        Loaders(room.loader_cpus).warm_up(train_environment())
         manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
         with closing(ProgressPrinter()) as printer, signals() as got:
             fit(job, room, manifests, printer.update, lambda: got[0] if got else 0)
