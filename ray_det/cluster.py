@@ -55,8 +55,11 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
     if ray.is_initialized():
         return
     prepare_environment()
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise UserError(f"RAY_ADDRESS {address}: {_innermost(error)}") from None
         return
     here = cores()
     if workers.least * workers.cpus > here:
@@ -92,6 +95,13 @@ def _end_all_processes() -> None:
     for process in left:
         with suppress(psutil.Error):
             process.kill()
+
+
+def _innermost(error: BaseException) -> str:
+    """The cause of the causes: Ray's outer errors do not say what was wrong. Its last line: it may hold a traceback."""
+    while error.__cause__:
+        error = error.__cause__
+    return str(error).strip().splitlines()[-1]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,8 +138,12 @@ def test_the_code_that_was_sent_runs_everywhere(running):
     assert len(re.findall(r"working_dir_files/\S+/ray_det/__init__\.py", log)) == 2, log
 
 
-def test_nothing_is_sent_without_the_token(running):
+def test_nothing_is_sent_without_the_token(running, tmp_path):
     stranger = Running(running.client | {"RAY_AUTH_TOKEN": "0" * 32}, "", [], [], [])
     said = stranger.submit("train", "--name", "intruder")
     assert "401" in said or "nvalid authentication token" in said, said
     assert "intruder" not in running.ray("job", "list")
+    driver = stranger.run(sys.executable, "jobs/train.py", "--storage", str(tmp_path), RAY_ADDRESS=running.gcs)
+    last = driver.splitlines()[-1]
+    assert last.startswith(f"error: RAY_ADDRESS {running.gcs}: ") and "InvalidAuthToken" in last, driver
+    assert "Traceback" not in driver
