@@ -14,14 +14,18 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = 40
 """Lines of an answer, where a block does not say."""
+LIMIT_S = 900
+"""For one command: what waits for longer waits for nothing."""
 WIDTH = 200
 """Characters of a line."""
 BLOCK = re.compile(r"^```console *(\d*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -50,8 +54,11 @@ class Shell:
         assert self._bash.stdin and self._bash.stdout
         self._bash.stdin.write(f"{command}\nprintf '\\n%s %s\\n' {end} $?\n")
         seen: list[str] = []
+        limit = threading.Timer(LIMIT_S, os.killpg, (self._bash.pid, signal.SIGKILL))
+        limit.start()
         for line in self._bash.stdout:
             if line.startswith(f"{end} "):
+                limit.cancel()
                 answer = PREFIX.sub("", CONTROL.sub("", "".join(seen))).replace(str(self.home), "~")
                 return answer.strip("\n"), int(line.split()[1])
             seen.append(line)

@@ -66,7 +66,8 @@ def run(config: Config) -> Iterator[Figure]:
     """
     if config.skipped >= config.steps:
         raise UserError(f"--skipped {config.skipped} leaves none of --steps {config.steps}")
-    require("accelerate" if "dfine" in config.models and not config.memory_epochs else "psutil")
+    if "dfine" in config.models and not config.memory_epochs:
+        require("accelerate")
     data, root, classes = _data(config)
     with TemporaryDirectory(prefix="ray_det_") as storage:
         if config.memory_epochs:
