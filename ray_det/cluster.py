@@ -1,49 +1,24 @@
-"""The Ray cluster under a job: connect to it or start one on this machine, and see what fits on it."""
+"""The Ray cluster under a job, and what fits on it."""
 
 from __future__ import annotations
 
-import atexit
-import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
-from ray._private import ray_constants
 
 from ray_det.config import WorkersConfig
+from ray_det.connect import connect, set_limits, start_here
 from ray_det.types import UserError
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
     from ray.util.placement_group import PlacementGroup
-
-ENVIRONMENT = {
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment as it is
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would come twice
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, without the warning
-    "RAY_COLOR_PREFIX": "0",  # its warnings are coloured in files too
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 seconds that a spot node may have
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train says so to its own processes
-}
-LOCALLY = {
-    "RAY_prestart_worker_first_driver": "0",  # processes without Ray Train's settings, which nobody takes
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
-    "RAY_task_events_report_interval_ms": "0",  # no dashboard shows them, and Ray's server remembers 100,000 tasks
-}
-LIMITS = ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
-"""That depend on the configuration: see `set_limits`."""
-END_S = 3.0
-"""For Ray's processes to end by themselves once the driver has."""
-UNUSED_LOCALLY = ("start_api_server", "start_monitor", "start_log_monitor")
-"""Python processes that Ray starts, and in part waits for, which a run on one machine has no use for: a dashboard
-without pages, an autoscaler without machines, logs for a driver that does not take them. What Ray renames stays."""
-ELASTIC_START_S = 10.0
-"""A range of workers is placed at once or not at all: Ray may still count a node that is gone, and must look again."""
 
 
 def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
@@ -51,15 +26,11 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
 
     Args:
         beside: processes beside the workers, each as large as one.
+
+    Raises:
+        UserError: the cluster cannot be reached, or this machine has no room.
     """
-    if ray.is_initialized():
-        return
-    prepare_environment()
-    if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise UserError(f"RAY_ADDRESS {address}: {_innermost(error)}") from None
+    if ray.is_initialized() or connect():
         return
     here = cores()
     if workers.least * workers.cpus > here:
@@ -67,56 +38,11 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
             f"no room for {workers.least} workers with {workers.cpus:g} CPUs each: this machine has {here} CPUs "
             "(see --workers.num and --workers.cpus)"
         )
-    # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
-    for name, value in LOCALLY.items():
-        os.environ.setdefault(name, value)
     set_limits(workers)
     most = min(workers.most, int(here // workers.cpus))
-    with _fewer_processes():
-        ray.init(
-            "local",  # a cluster that happens to run here is another's
-            num_cpus=here + int(-(-(most + beside) * workers.cpus // 1)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": train_environment()},
-        )
-    atexit.register(_end_all_processes)  # before Ray's own ends
+    # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
+    start_here(here + math.ceil((most + beside) * workers.cpus))
     _give_a_head_start()
-
-
-def _end_all_processes() -> None:
-    """End Ray, and kill what of it does not end: now and then a process of Ray 2.60 waits for itself for ever."""
-    import psutil
-
-    processes = psutil.Process().children(recursive=True)
-    ray.shutdown()
-    _, left = psutil.wait_procs(processes, timeout=END_S)
-    for process in left:
-        with suppress(psutil.Error):
-            process.kill()
-
-
-def _innermost(error: BaseException) -> str:
-    """The cause of the causes: Ray's outer errors do not say what was wrong. Its last line: it may hold a traceback."""
-    while error.__cause__:
-        error = error.__cause__
-    return str(error).strip().splitlines()[-1]
-
-
-@contextmanager
-def _fewer_processes() -> Iterator[None]:
-    """Ray's nodes start without `UNUSED_LOCALLY`: a second or two of every start, and memory."""
-    from ray._private.node import Node
-
-    known = {name: getattr(Node, name) for name in UNUSED_LOCALLY if hasattr(Node, name)}
-    try:
-        for name in known:
-            setattr(Node, name, lambda self, **options: None)
-        yield
-    finally:
-        for name, method in known.items():
-            setattr(Node, name, method)
 
 
 def cores() -> int:
@@ -131,32 +57,6 @@ def _give_a_head_start() -> None:
     except ImportError:  # not with this version
         return
     get_or_create_autoscaling_coordinator()
-
-
-def prepare_environment() -> None:
-    """Settings that Ray reads when it starts; what the user has set stays."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # Ray has read this one when it was imported.
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] != "0"
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile its imports anew
-
-
-def train_environment() -> dict[str, str]:
-    """What Ray Train will set for its processes. Ray lets tasks and actors share processes where theirs is the same."""
-    names = [*ENVIRONMENT, *LOCALLY, *LIMITS]
-    shared = [name for name in names if name.startswith("RAY_TRAIN_")] + ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"]
-    return {name: os.environ[name] for name in shared if name in os.environ}
-
-
-def set_limits(workers: WorkersConfig) -> None:
-    """Limits that Ray Train takes from the environment of the process that calls `fit`."""
-    # A rank's own watch, which knows more, speaks first.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(workers.stall_timeout_s + 5)
-    start_s = workers.start_timeout_s
-    if workers.least < workers.most:
-        start_s = min(start_s, ELASTIC_START_S)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def ray_cluster(tmp_path_factory):
     """One Ray for all tests that need one. Its home is temporary: Ray writes a token there."""
     import ray
 
-    from ray_det.cluster import prepare_environment
+    from ray_det.connect import prepare_environment
 
     old_home = os.environ.get("HOME")
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))

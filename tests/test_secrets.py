@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_det import cli, cluster
+from ray_det import cli, connect
 from ray_det.config import TrainJobConfig
 from ray_det.types import UserError
 from tests.jobs.run import JOBS
@@ -88,7 +88,7 @@ def test_nothing_of_ours_turns_rays_authentication_off(monkeypatch):
     for name in [n for n in os.environ if n.startswith("RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    cluster.prepare_environment()
+    connect.prepare_environment()
     assert not [name for name in os.environ if "AUTH" in name and name.startswith("RAY_")]
     sources = [*(ROOT / "ray_det").rglob("*.py"), *JOBS.glob("*.py")]
     assert sources and [path for path in sources if "AUTH_MODE" in path.read_text()] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 
@@ -11,7 +10,8 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from ray_det.cluster import LOCALLY, cores, prepare_environment
+from ray_det.cluster import cores
+from ray_det.connect import connect, end, start_here
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.serve.config import ServeConfig
 from ray_det.serve.deployment import application
@@ -34,8 +34,9 @@ def serve_until_stopped(config: ServeConfig) -> None:
     """
     open_checkpoint(config.checkpoint)  # what is wrong with it is said before anything starts
     config = config.model_copy(update={"checkpoint": Folder.at(config.checkpoint).uri})
-    local = not os.environ.get("RAY_ADDRESS")
-    config = _start_here(config) if local else _connect(config)
+    local = not connect()
+    if local:
+        config = _start_here(config)
     with signals() as asked:  # from here on: Ray's start takes SIGTERM for itself
         try:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -52,12 +53,6 @@ def serve_until_stopped(config: ServeConfig) -> None:
     raise Stopped("stopped", asked[0])
 
 
-def _connect(config: ServeConfig) -> ServeConfig:
-    prepare_environment()
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    return config
-
-
 def _start_here(config: ServeConfig) -> ServeConfig:
     """Start Ray on this machine; -> with its CPUs shared out."""
     here = cores()
@@ -68,11 +63,7 @@ def _start_here(config: ServeConfig) -> ServeConfig:
             "(see --replicas and --cpus)"
         )
     _require_free(config.host, config.port)
-    prepare_environment()
-    for name, value in LOCALLY.items():
-        os.environ.setdefault(name, value)
-    # "local": a cluster that happens to run here is another's
-    ray.init("local", num_cpus=here, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    start_here(here)
     return config.model_copy(update={"cpus": cpus})
 
 
@@ -99,4 +90,4 @@ def _stop(name: str, local: bool) -> None:
     serve.delete(name)  # first: with Serve the proxy goes too, and with it the connections of requests
     if local or not serve.status().applications:
         serve.shutdown()
-    ray.shutdown()
+    end()

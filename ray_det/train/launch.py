@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
-from ray_det.cluster import Room, place_beside, require_room, scaling, set_limits, start_ray, train_environment
+from ray_det.cluster import Room, place_beside, require_room, scaling, start_ray
 from ray_det.config import TrainJobConfig
+from ray_det.connect import set_limits, train_environment
 from ray_det.data.headers import HeaderChunk
 from ray_det.data.manifest import Manifest
 from ray_det.report.progress import ProgressPrinter

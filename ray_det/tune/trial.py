@@ -15,8 +15,9 @@ import ray
 from ray import tune
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from ray_det.cluster import Room, prepare_environment
+from ray_det.cluster import Room
 from ray_det.config import TrainJobConfig
+from ray_det.connect import prepare_environment
 from ray_det.data.manifest import Manifest
 from ray_det.report.sweep_trial import SweepTrial, trial_name
 from ray_det.storage import Folder

@@ -106,7 +106,7 @@ SMALL_STORE = """
 import logging, sys
 from pathlib import Path
 import ray
-from ray_det.cluster import prepare_environment
+from ray_det.connect import prepare_environment
 from ray_det.data.pipeline import Loaders
 from tests.data.test_pipeline import large_batches
 from ray_det.data.collate import load

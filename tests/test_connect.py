@@ -1,4 +1,4 @@
-"""Ray as a run on one machine starts it."""
+"""Ray as a run on one machine starts and ends it."""
 
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ SHARED = """
 import os
 import ray
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray_det.cluster import start_ray, train_environment
+from ray_det.cluster import start_ray
 from ray_det.config import WorkersConfig
+from ray_det.connect import train_environment
 
 start_ray(WorkersConfig())
 assert train_environment() == get_env_vars_to_propagate(), get_env_vars_to_propagate()
