@@ -30,6 +30,7 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
     Raises:
         UserError: the cluster cannot be reached, or this machine has no room.
     """
+    set_limits(workers)
     if ray.is_initialized() or connect():
         return
     here = cores()
@@ -38,7 +39,6 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
             f"no room for {workers.least} workers with {workers.cpus:g} CPUs each: this machine has {here} CPUs "
             "(see --workers.num and --workers.cpus)"
         )
-    set_limits(workers)
     most = min(workers.most, int(here // workers.cpus))
     # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
     start_here(here + math.ceil((most + beside) * workers.cpus))

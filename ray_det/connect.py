@@ -82,8 +82,11 @@ def end() -> None:
     """Leave Ray. What of it was started here ends, or is killed: now and then a process of Ray 2.60 waits for itself
     for ever.
     """
-    roots = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
-    processes = roots + [process for root in roots for process in root.children(recursive=True)]
+    processes: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended
+            if child.name() in ("gcs_server", "raylet"):
+                processes += [child, *child.children(recursive=True)]
     ray.shutdown()
     _, left = psutil.wait_procs(processes, timeout=END_S)
     for process in left:
