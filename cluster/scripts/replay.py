@@ -55,6 +55,7 @@ class Shell:
         self._bash.stdin.write(f"{command}\nprintf '\\n%s %s\\n' {end} $?\n")
         seen: list[str] = []
         limit = threading.Timer(LIMIT_S, os.killpg, (self._bash.pid, signal.SIGKILL))
+        limit.daemon = True  # where the shell ends first
         limit.start()
         for line in self._bash.stdout:
             if line.startswith(f"{end} "):
