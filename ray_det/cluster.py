@@ -42,21 +42,11 @@ def start_ray(workers: WorkersConfig, beside: int = 0) -> None:
     most = min(workers.most, int(here // workers.cpus))
     # Ray only counts CPUs. Loaders get as many as there are: they sleep while the workers compute, and vice versa.
     start_here(here + math.ceil((most + beside) * workers.cpus))
-    _give_a_head_start()
 
 
 def cores() -> int:
     """CPUs of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _give_a_head_start() -> None:
-    """Start a process that Ray Train's controller would start, and wait for, after seconds of imports of its own."""
-    try:
-        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
-    except ImportError:  # not with this version
-        return
-    get_or_create_autoscaling_coordinator()
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
 
 import psutil
 import ray
 from ray._private import ray_constants
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
 from ray_det.config import WorkersConfig
 from ray_det.types import UserError
@@ -25,14 +29,15 @@ ENVIRONMENT = {
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train says so to its own processes
 }
 LOCALLY = {
+    "RAY_worker_niceness": "0",  # Ray's 15 holds from a process's first task on: those that start stall all others
     "RAY_prestart_worker_first_driver": "0",  # processes without Ray Train's settings, which nobody takes
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
     "RAY_task_events_report_interval_ms": "0",  # no dashboard shows them, and Ray's server remembers 100,000 tasks
 }
-LIMITS = ("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
-"""That depend on the configuration: see `set_limits`."""
 END_S = 3.0
 """For Ray's processes to end by themselves once the driver has."""
+NODE_S = 30.0
+"""For a node to be there, as Ray waits itself."""
 UNUSED_LOCALLY = ("start_api_server", "start_monitor", "start_log_monitor")
 """Python processes that Ray starts, and in part waits for, which a run on one machine has no use for: a dashboard
 without pages, an autoscaler without machines, logs for a driver that does not take them. What Ray renames stays."""
@@ -66,14 +71,13 @@ def start_here(cpus: int) -> None:
     prepare_environment()
     for name, value in LOCALLY.items():
         os.environ.setdefault(name, value)
-    with _fewer_processes():
+    with _quicker():
         ray.init(
             "local",  # a cluster that happens to run here is another's
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": train_environment()},
         )
     atexit.register(end)  # before Ray's own
 
@@ -102,18 +106,38 @@ def _innermost(error: BaseException) -> str:
 
 
 @contextmanager
-def _fewer_processes() -> Iterator[None]:
-    """Ray's nodes start without `UNUSED_LOCALLY`: a second or two of every start, and memory."""
+def _quicker() -> Iterator[None]:
+    """Ray's nodes start without `UNUSED_LOCALLY`, and are seen as soon as they are there: a second or two of every
+    start, and memory.
+    """
+    from ray._private import services
     from ray._private.node import Node
 
-    known = {name: getattr(Node, name) for name in UNUSED_LOCALLY if hasattr(Node, name)}
+    unused = {name: lambda self, **options: None for name in UNUSED_LOCALLY}
+    get_node = partial(_get_node, getattr(services, "get_node", None))
+    with _replaced(Node, unused), _replaced(services, {"get_node": get_node}):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Those that the owner has."""
+    known = {name: getattr(owner, name) for name in functions if hasattr(owner, name)}
     try:
         for name in known:
-            setattr(Node, name, lambda self, **options: None)
+            setattr(owner, name, functions[name])
         yield
     finally:
-        for name, method in known.items():
-            setattr(Node, name, method)
+        for name, function in known.items():
+            setattr(owner, name, function)
+
+
+def _get_node(get_node: Any, gcs_address: str, node_id: str) -> Any:
+    """What Ray's `get_node` gives, which sleeps for a second where the node is not there yet."""
+    client, deadline = GcsClient(address=gcs_address), time.monotonic() + NODE_S
+    while time.monotonic() < deadline and not any(node.hex() == node_id for node in client.get_all_node_info()):
+        time.sleep(0.05)
+    return get_node(gcs_address, node_id)
 
 
 def prepare_environment() -> None:
@@ -123,13 +147,6 @@ def prepare_environment() -> None:
     # Ray has read this one when it was imported.
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] != "0"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of Ray's processes would compile its imports anew
-
-
-def train_environment() -> dict[str, str]:
-    """What Ray Train will set for its processes. Ray lets tasks and actors share processes where theirs is the same."""
-    names = [*ENVIRONMENT, *LOCALLY, *LIMITS]
-    shared = [name for name in names if name.startswith("RAY_TRAIN_")] + ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"]
-    return {name: os.environ[name] for name in shared if name in os.environ}
 
 
 def set_limits(workers: WorkersConfig) -> None:

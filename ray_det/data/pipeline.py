@@ -7,7 +7,7 @@ nothing has to be split between ranks, and resuming is a shorter assignment.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, TypeVar
@@ -45,6 +45,27 @@ def wake() -> None:
     """Importing this module is the work."""
 
 
+def warm_up(cpus: float) -> None:
+    """Have processes that the first stream needs start and import, while this one does something else.
+
+    Args:
+        cpus: that its loader tasks may use together. Half of them are woken, the others as the stream asks for them:
+            where cores are few, this process needs them too.
+    """
+    _start_statistics()
+    for _ in range(max(1, int(cpus / 2))):
+        wake.remote()
+
+
+def _start_statistics() -> None:
+    """Ray Data's own actor, for which its first execution would wait."""
+    try:
+        from ray.data._internal.stats import get_or_create_stats_actor
+    except ImportError:  # not with this version
+        return
+    get_or_create_stats_actor()
+
+
 class Loaders:
     """The loader tasks of one train worker.
 
@@ -58,17 +79,6 @@ class Loaders:
         self._shared = list(shared)
         self._key = uuid4().hex[:8]
         self._running: set[int] = set()
-
-    def warm_up(self, env_vars: Mapping[str, str] | None = None) -> None:
-        """Have loader processes start and import, while this one does something else.
-
-        Args:
-            env_vars: what the process that will stream has of its runtime environment and this one has not: only
-                loaders that have it too will be its own.
-        """
-        task = wake.options(runtime_env={"env_vars": dict(env_vars)}) if env_vars else wake
-        for _ in range(max(1, int(self._cpus))):
-            task.remote()
 
     def stream(self, work: Shard) -> Iterator[MicroBatch]:
         """Load a shard's micro-batches and yield them in order.

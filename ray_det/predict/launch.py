@@ -13,7 +13,6 @@ import ray.train
 import ray.train.torch
 import torch.distributed as dist
 from ray.train import RunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ray_det.cluster import Room, require_room, scaling, start_ray
@@ -30,6 +29,7 @@ from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
 from ray_det.train.skipped import LIST, Skipped, skipped_in
 from ray_det.train.step import make_deterministic, use_bf16
+from ray_det.train.torch_trainer import TorchTrainer
 from ray_det.types import ClassList, Detections, UserError
 
 
@@ -58,10 +58,9 @@ def infer_on_workers(job: InferJob, workers: WorkersConfig) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="ray_det_") as scratch:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"job": job, "room": room},
-            torch_config=TorchConfig(backend="nccl" if room.gpu else "gloo"),
-            scaling_config=scaling(workers, room),
-            run_config=RunConfig(name="infer", storage_path=scratch),
+            {"job": job, "room": room},
+            scaling(workers, room),
+            RunConfig(name="infer", storage_path=scratch),
         )
         try:
             trainer.fit()

@@ -65,6 +65,10 @@ class Payload:
 
 def train_worker(config: dict[str, Payload]) -> None:
     """What Ray Train runs on every worker."""
+    from ray_det.data.pipeline import warm_up
+
+    payload = config["payload"]
+    warm_up(payload.room.loader_cpus)  # while this process imports
     from ray_det.train.worker import run_rank
 
-    run_rank(config["payload"])
+    run_rank(payload)

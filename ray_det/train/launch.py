@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import signal
 import threading
 import time
@@ -18,7 +17,7 @@ import ray
 
 from ray_det.cluster import Room, place_beside, require_room, scaling, start_ray
 from ray_det.config import TrainJobConfig
-from ray_det.connect import set_limits, train_environment
+from ray_det.connect import set_limits
 from ray_det.data.headers import HeaderChunk
 from ray_det.data.manifest import Manifest
 from ray_det.report.progress import ProgressPrinter
@@ -30,14 +29,10 @@ from ray_det.train.start import begin, finished_summary
 from ray_det.types import Preempted, Stopped, TrainingError
 
 if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
+    from ray_det.train.torch_trainer import TorchTrainer
 
 POLL_S = 0.5
 START_ATTEMPTS = 12  # of Ray Train to place the workers, each start_timeout_s long
-UNUSED_ANYWHERE = ("DatasetsCallback",)
-"""Ray Train's own callbacks that start a process each: this one splits data sets among workers, who load their own."""
-UNUSED_LOCALLY = ("PlacementGroupCleanerCallback",)
-"""It cleans up after a driver that died; a cluster that was started for a run dies with it."""
 STOP_GRACE_S = 60.0  # to finish a step and keep a checkpoint, or to finish a validation
 
 
@@ -49,8 +44,8 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
         UserError: an input that the user can put right.
         TrainingError: the run cannot go on.
     """
-    # Seconds of imports, while this thread reads data and waits for Ray. (`ray.init` belongs into the main thread.)
-    threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
+    # A second of imports, while this thread reads data and waits for Ray. (`ray.init` belongs into the main thread.)
+    threading.Thread(target=importlib.import_module, args=("ray.train",), daemon=True).start()
     with hold(Folder.at(config.storage, config.workers.storage_timeout_s), config.name, say):
         job = begin(config, started_at, say, partial(_map_headers, config))
         done = finished_summary(job)
@@ -59,9 +54,6 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
             return done
         start_ray(job.config.workers, job.config.validators)
         room = require_room(job.config.workers, job.config.validators)
-        from ray_det.data.pipeline import Loaders  # Ray Data, which is being imported beside
-
-        Loaders(room.loader_cpus).warm_up(train_environment())
         manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
         with closing(ProgressPrinter()) as printer, signals() as got:
             fit(job, room, manifests, printer.update, lambda: got[0] if got else 0)
@@ -118,18 +110,17 @@ def fit(
 
 def _trainer(payload: Payload, scratch: str) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     from ray_det.train.restarts import Restarts
+    from ray_det.train.torch_trainer import TorchTrainer
 
     room, workers = payload.room, payload.config.workers
     set_limits(workers)
-    return _lean(TorchTrainer)(
+    return TorchTrainer(
         train_worker,
-        train_loop_config={"payload": payload},
-        torch_config=TorchConfig(backend="nccl" if room.gpu else "gloo"),
-        scaling_config=scaling(workers, room),
-        run_config=RunConfig(
+        {"payload": payload},
+        scaling(workers, room),
+        RunConfig(
             name=payload.config.name,
             storage_path=scratch,  # checkpoints are kept by ray_det.train.store
             callbacks=[Restarts(payload.board)],
@@ -140,17 +131,6 @@ def _trainer(payload: Payload, scratch: str) -> TorchTrainer:
             ),
         ),
     )
-
-
-def _lean(kind: type[TorchTrainer]) -> type[TorchTrainer]:
-    """Without processes that a run has no use for: they take seconds of its start. What Ray renames simply stays."""
-    unused = UNUSED_ANYWHERE if os.environ.get("RAY_ADDRESS") else UNUSED_ANYWHERE + UNUSED_LOCALLY
-
-    class Lean(kind):
-        def _create_default_callbacks(self) -> list[Any]:
-            return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
-
-    return Lean
 
 
 def _follow(

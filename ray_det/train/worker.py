@@ -73,7 +73,6 @@ def _train(payload: Payload) -> None:
     temporary = Path(tempfile.gettempdir(), f"ray_det_{payload.run_id}_{rank}")
     manifests = {split: ray.get(reference) for split, reference in payload.manifests.items()}
     loaders = Loaders(payload.room.loader_cpus, [(manifests[s], payload.manifests[s]) for s in manifests])
-    loaders.warm_up()
     name = short_name(run.uri)
     gauges = Gauges(name, rank)
     with watch.watching(), gauges.shown(), logging_of(name, rank, watch, line.say):

@@ -1,0 +1,67 @@
+"""What a start without torch in the driver leaves as Ray's own `TorchTrainer` has it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRIVER = """
+import sys
+from ray import cloudpickle
+from ray.train import RunConfig, ScalingConfig
+from ray_det.train import launch
+from ray_det.train.job import train_worker
+from ray_det.train.torch_trainer import TorchTrainer
+
+trainer = TorchTrainer(train_worker, {}, ScalingConfig(num_workers=1), RunConfig(name="run", storage_path=sys.argv[1]))
+cloudpickle.dumps((trainer._get_train_func(), trainer.train_run_context, trainer._create_default_callbacks()))
+assert "torch" not in sys.modules
+"""
+
+ASKED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "ACCELERATE_TORCH_DEVICE")
+
+
+def test_the_driver_does_not_import_torch(tmp_path):
+    """It is on the way to the first step, and would hold hundreds of MB as long as the run takes."""
+    done = subprocess.run([sys.executable, "-c", DRIVER, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def describe(config: dict[str, str]) -> None:
+    """Writes down what torch and its libraries find on this worker."""
+    import ray.train.torch
+    import torch
+    import torch.distributed as dist
+
+    mine = torch.tensor([1.0 + dist.get_rank()])
+    dist.all_reduce(mine)
+    seen = {name: os.environ.get(name) for name in ASKED}
+    seen |= {"backend": dist.get_backend(), "sum": mine.item(), "device": str(ray.train.torch.get_device())}
+    Path(config["to"], f"{dist.get_rank()}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_find_torch_as_under_rays_own(ray_cluster, tmp_path):
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer as RaysOwn
+
+    from ray_det.train.torch_trainer import TorchTrainer
+
+    found = []
+    for own in (True, False):
+        to = tmp_path / str(own)
+        to.mkdir()
+        scaling, run = ScalingConfig(num_workers=2), RunConfig(name="run", storage_path=str(to))
+        config = {"to": str(to)}
+        if own:
+            trainer = RaysOwn(describe, train_loop_config=config, scaling_config=scaling, run_config=run)
+        else:
+            trainer = TorchTrainer(describe, config, scaling, run)
+        trainer.fit()
+        found.append([json.loads((to / f"{rank}.json").read_text()) for rank in range(2)])
+    assert found[0] == found[1]
+    assert [worker["sum"] for worker in found[1]] == [3.0, 3.0]
