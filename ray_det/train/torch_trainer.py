@@ -1,9 +1,7 @@
-"""Ray Train's `TorchTrainer` for a driver that does not import torch.
+"""Ray Train's `TorchTrainer` for a driver and a controller that do not import torch.
 
-Ray's own class brings torch into the driver, which starts a second later for it, and into its controller before that
-asks for the first worker: two seconds more. Both are on the way to the first step, neither has a use for it. Here the
-driver goes without, and the controller imports it while the workers' processes start. What sets up torch on the
-workers is Ray's `TorchConfig` as it is.
+Ray's own class brings torch into both before the first worker is asked for: four seconds of a start and 300 MB in each,
+and neither has a use for it. Here only the workers import it; what sets it up there are Ray's own functions.
 """
 
 from __future__ import annotations
@@ -14,16 +12,19 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import ray
 from ray.train import Result, RunConfig, ScalingConfig
-from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 HEAD_START_S = 0.3
 """Of the controller's process before others: Ray starts only as many at once as there are cores."""
+SHUTDOWN_S = 30.0
+"""For process groups to end, as Ray waits itself."""
 UNUSED_ANYWHERE = ("DatasetsCallback",)
 """Ray Train's own callbacks that start a process each: this one splits data sets among workers, who load their own."""
 UNUSED_LOCALLY = ("PlacementGroupCleanerCallback",)
@@ -49,14 +50,18 @@ class TorchTrainer(DataParallelTrainer):
         super().__init__(
             train_loop,
             train_loop_config=config,
-            backend_config=LateTorchConfig("nccl" if scaling_config.use_gpu else "gloo"),
+            backend_config=TorchConfig("nccl" if scaling_config.use_gpu else "gloo"),
             scaling_config=scaling_config,
             run_config=run_config,
         )
 
     def fit(self) -> Result:
-        threading.Timer(HEAD_START_S, _give_a_head_start).start()
-        return super().fit()
+        timer = threading.Timer(HEAD_START_S, _give_a_head_start)
+        timer.start()
+        try:
+            return super().fit()
+        finally:
+            timer.cancel()
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = UNUSED_ANYWHERE if os.environ.get("RAY_ADDRESS") else UNUSED_ANYWHERE + UNUSED_LOCALLY
@@ -64,18 +69,18 @@ class TorchTrainer(DataParallelTrainer):
 
 
 @dataclass
-class LateTorchConfig(BackendConfig):
-    """Ray's `TorchConfig`, imported in a thread of the process that this is unpickled in: controller and workers."""
+class TorchConfig(BackendConfig):
+    """Ray's configuration of the same name, with its defaults.
+
+    Args:
+        backend: of torch.distributed.
+    """
 
     backend: str
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        threading.Thread(target=self.torch_config, daemon=True).start()
-
     @property
     def backend_cls(self) -> type[Backend]:
-        return LateTorchBackend
+        return TorchBackend
 
     @property
     def framework(self) -> Any:
@@ -85,31 +90,39 @@ class LateTorchConfig(BackendConfig):
     def train_func_context(self) -> Any:
         return _train_func_context
 
-    def torch_config(self) -> BackendConfig:
-        return importlib.import_module("ray.train.torch").TorchConfig(self.backend)
+
+class TorchBackend(Backend):
+    """What Ray's does, with the names of its functions in place of the functions, which cannot be had without torch."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_set_environment, {"MASTER_ADDR": address, "MASTER_PORT": str(port)})
+        worker_group.execute(_call, "_set_torch_distributed_env_vars")
+        world = len(worker_group)
+        shared = {"backend": backend_config.backend, "world_size": world, "init_method": "env://"}
+        setup = "_setup_torch_process_group"
+        ray.get([worker_group.execute_single_async(i, _call, setup, world_rank=i, **shared) for i in range(world)])
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        several = len(worker_group) > 1
+        ends = worker_group.execute_async(_call, "_shutdown_torch", destroy_process_group=several)
+        ray.wait(ends, num_returns=len(ends), timeout=SHUTDOWN_S)
 
 
-class LateTorchBackend(Backend):
-    """The backend of Ray's `TorchConfig`, which is there when the workers are."""
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
 
-    share_cuda_visible_devices = True  # as Ray's own, and asked for before torch is needed
 
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
-        config = cast(LateTorchConfig, backend_config).torch_config()
-        config.backend_cls().on_start(worker_group, config)
-
-    def on_training_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
-        config = cast(LateTorchConfig, backend_config).torch_config()
-        config.backend_cls().on_training_start(worker_group, config)
-
-    def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
-        config = cast(LateTorchConfig, backend_config).torch_config()
-        config.backend_cls().on_shutdown(worker_group, config)
+def _call(name: str, **arguments: Any) -> Any:
+    """On a worker: a function of Ray's torch backend."""
+    return getattr(importlib.import_module("ray.train.torch.config"), name)(**arguments)
 
 
 def _train_func_context() -> AbstractContextManager[None]:
     """Of the training function, on a worker: sets its GPU."""
-    return importlib.import_module("ray.train.torch").TorchConfig().train_func_context()
+    return _call("TorchConfigContextManager")
 
 
 def _give_a_head_start() -> None:

@@ -1,4 +1,4 @@
-"""What a start without torch in the driver leaves as Ray's own `TorchTrainer` has it."""
+"""What is other than with Ray's own `TorchTrainer`, and what is not."""
 
 import json
 import os
@@ -17,15 +17,16 @@ from ray_det.train.job import train_worker
 from ray_det.train.torch_trainer import TorchTrainer
 
 trainer = TorchTrainer(train_worker, {}, ScalingConfig(num_workers=1), RunConfig(name="run", storage_path=sys.argv[1]))
-cloudpickle.dumps((trainer._get_train_func(), trainer.train_run_context, trainer._create_default_callbacks()))
+given = trainer._get_train_func(), trainer.train_run_context, trainer._create_default_callbacks()
+cloudpickle.loads(cloudpickle.dumps(given))
 assert "torch" not in sys.modules
 """
 
 ASKED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "ACCELERATE_TORCH_DEVICE")
 
 
-def test_the_driver_does_not_import_torch(tmp_path):
-    """It is on the way to the first step, and would hold hundreds of MB as long as the run takes."""
+def test_neither_driver_nor_controller_import_torch(tmp_path):
+    """It is on the way to the first step, and holds hundreds of MB as long as the run takes."""
     done = subprocess.run([sys.executable, "-c", DRIVER, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
