@@ -94,6 +94,7 @@ def test_resumed_anywhere_is_never_stopped(family, optim, frozen, background, sm
         same_checkpoint(whole / "kept" / last, (again if (again / "kept" / last).exists() else whole) / "kept" / last)
 
 
+@pytest.mark.slow  # so does a killed validation, in test_faults.py, which is not slow
 def test_validating_in_the_background_changes_no_number(small_coco, tmp_path):
     """Every record, and the best checkpoint, which here is the first epoch's and the second's."""
     runs = []

@@ -92,8 +92,8 @@ def start_and_signal(file: Path, run: Path, step: int, number: int) -> tuple[int
     return driver.returncode, output
 
 
-def test_a_stopped_a_killed_and_a_corrupted_run_go_on_by_the_same_command(small_coco, undisturbed, tmp_path):
-    """Ctrl-C keeps a checkpoint of the step. After SIGKILL the newest checkpoint is damaged: the one before is used."""
+@pytest.mark.slow
+def test_ctrl_c_keeps_a_checkpoint_of_the_step(small_coco, undisturbed, tmp_path):
     file = write(config(small_coco, tmp_path / "runs"))
     run = tmp_path / "runs" / "run"
     status, output = start_and_signal(file, run, STEPS + 1, signal.SIGINT)
@@ -102,7 +102,14 @@ def test_a_stopped_a_killed_and_a_corrupted_run_go_on_by_the_same_command(small_
     stopped_at = steps_done(run)
     assert stopped_at < EPOCHS * STEPS
     assert json.loads((newest(run) / "state.json").read_text())["state"]["global_step"] == stopped_at
+    assert "goes on from step" in go_on(file)
+    require_same(run, undisturbed)
 
+
+def test_a_killed_and_a_corrupted_run_go_on_by_the_same_command(small_coco, undisturbed, tmp_path):
+    """After SIGKILL the newest checkpoint is damaged: the one before is used."""
+    file = write(config(small_coco, tmp_path / "runs"))
+    run = tmp_path / "runs" / "run"
     status, output = start_and_signal(file, run, 2 * STEPS + 3, signal.SIGKILL)
     assert status == -signal.SIGKILL, output
     assert steps_done(run) < EPOCHS * STEPS
@@ -110,8 +117,13 @@ def test_a_stopped_a_killed_and_a_corrupted_run_go_on_by_the_same_command(small_
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1  # still a safetensors file
     weights.write_bytes(content)
+    output = go_on(file)
+    assert "SHA-256 differs): using the one before" in output and "goes on from step" in output
+    require_same(run, undisturbed)
 
+
+def go_on(file: Path) -> str:
+    """The same command once more; -> what it prints."""
     again = subprocess.run(command(file), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr
-    assert "SHA-256 differs): using the one before" in again.stdout and "goes on from step" in again.stdout
-    require_same(run, undisturbed)
+    return again.stdout
