@@ -59,7 +59,7 @@ def run_ci(tmp_path: Path, *, with_uv: bool, **env: str) -> list[str]:
 def test_the_readme_has_one_command_to_run_and_one_to_test() -> None:
     run, test = readme_commands()
     assert run == "pip install uv && uv run jobs/train.py"
-    assert test == "pip install uv && uv run pytest"
+    assert test == "pip install uv && uv run pytest -n 2"
 
 
 def test_ci_runs_the_readmes_test_command(tmp_path: Path) -> None:
