@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -115,21 +115,21 @@ def _quicker() -> Iterator[None]:
 
     unused = {name: lambda self, **options: None for name in UNUSED_LOCALLY}
     get_node = partial(_get_node, getattr(services, "get_node", None))
-    with _replaced(Node, unused), _replaced(services, {"get_node": get_node}):
+    with replaced(Node, unused), replaced(services, {"get_node": get_node}):
         yield
 
 
 @contextmanager
-def _replaced(owner: Any, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Those that the owner has."""
-    known = {name: getattr(owner, name) for name in functions if hasattr(owner, name)}
+def replaced(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+    """For a while, those that the owner has."""
+    known = {name: getattr(owner, name) for name in attributes if hasattr(owner, name)}
     try:
         for name in known:
-            setattr(owner, name, functions[name])
+            setattr(owner, name, attributes[name])
         yield
     finally:
-        for name, function in known.items():
-            setattr(owner, name, function)
+        for name, attribute in known.items():
+            setattr(owner, name, attribute)
 
 
 def _get_node(get_node: Any, gcs_address: str, node_id: str) -> Any:

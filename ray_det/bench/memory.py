@@ -19,7 +19,7 @@ from ray_det.types import UserError
 EVERY_S = 1.0
 LEAST_EPOCHS = 10
 FLAT = "<= 1.1x"
-ROLES = {"ray::RayTrainWorker": "train worker", "ray::TrainController": "Ray Train's controller"}
+ROLES = {"ray::RayTrainWorker": "train worker"}
 """Of Ray's processes, by how their titles begin."""
 LOADING = ("ray::IDLE", "MapBatches")
 """In the titles of workers that load images, or wait for work. What else is a worker of Ray's is one of its actors."""

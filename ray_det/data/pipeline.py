@@ -6,6 +6,7 @@ nothing has to be split between ranks, and resuming is a shorter assignment.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,29 +42,35 @@ RAY_FROM = 5000
 
 
 @ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")  # not where a sweep's trial would have it: among the workers
-def wake() -> None:
-    """Importing this module is the work."""
+def wake(after: Any) -> None:
+    """Import what a loader needs. (The function itself is pickled without its module.)
+
+    Args:
+        after: what must be there before this starts.
+    """
+    importlib.import_module(load.__module__)
+    importlib.import_module("ray.data")
 
 
 def warm_up(cpus: float) -> None:
     """Have processes that the first stream needs start and import, while this one does something else.
 
     Args:
-        cpus: that its loader tasks may use together. Half of them are woken, the others as the stream asks for them:
-            where cores are few, this process needs them too.
+        cpus: that its loader tasks may use together. Half of them are woken, the others as the stream asks for them,
+            and not beside the statistics: where cores are few, this process needs them too.
     """
-    _start_statistics()
+    ready = _start_statistics()
     for _ in range(max(1, int(cpus / 2))):
-        wake.remote()
+        wake.remote(ready)
 
 
-def _start_statistics() -> None:
-    """Ray Data's own actor, for which its first execution would wait."""
+def _start_statistics() -> ray.ObjectRef | None:
+    """Ray Data's own actor, for which its first execution would wait; -> what is there once it is."""
     try:
         from ray.data._internal.stats import get_or_create_stats_actor
     except ImportError:  # not with this version
-        return
-    get_or_create_stats_actor()
+        return None
+    return get_or_create_stats_actor().__ray_ready__.remote()
 
 
 class Loaders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from ray_det.cluster import Room, require_room, scaling, start_ray
 from ray_det.config import WorkersConfig
 from ray_det.data.manifest import Manifest
-from ray_det.data.pipeline import Loaders
+from ray_det.data.pipeline import Loaders, warm_up
 from ray_det.evaluate.detections_file import FILE as COLUMNS
 from ray_det.evaluate.detections_file import in_order_of_images, read_detections, write_detections
 from ray_det.evaluate.gather import gather_lists, require_each_once
@@ -61,6 +62,7 @@ def infer_on_workers(job: InferJob, workers: WorkersConfig) -> list[str]:
             {"job": job, "room": room},
             scaling(workers, room),
             RunConfig(name="infer", storage_path=scratch),
+            partial(warm_up, room.loader_cpus),
         )
         try:
             trainer.fit()

@@ -1,7 +1,7 @@
 """A run as the driver hands it to its workers.
 
-Neither torch nor a model library is imported here: the driver and Ray Train's controller read this module too, and
-each import is paid for in the time to the first step.
+Neither torch nor a model library is imported here: the driver reads this module too, and each import is paid for in the
+time to the first step.
 """
 
 from __future__ import annotations
@@ -65,10 +65,6 @@ class Payload:
 
 def train_worker(config: dict[str, Payload]) -> None:
     """What Ray Train runs on every worker."""
-    from ray_det.data.pipeline import warm_up
-
-    payload = config["payload"]
-    warm_up(payload.room.loader_cpus)  # while this process imports
     from ray_det.train.worker import run_rank
 
-    run_rank(payload)
+    run_rank(config["payload"])

@@ -87,9 +87,12 @@ def fit(
     Raises:
         Stopped: it was asked to, and a checkpoint is kept.
     """
+    from ray_det.train.torch_trainer import start_coordinator
+
     error: Exception | None = None
     workers = job.config.workers
     place = place_beside(workers, room) if job.config.validators else None
+    start_coordinator()
     for _ in range(workers.max_preemption_failures + 1):
         board = start_board()
         payload = Payload(job.config, job.run_id, job.run, job.started_at, room, board, manifests, place)
@@ -111,6 +114,7 @@ def fit(
 def _trainer(payload: Payload, scratch: str) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig
 
+    from ray_det.data.pipeline import warm_up
     from ray_det.train.restarts import Restarts
     from ray_det.train.torch_trainer import TorchTrainer
 
@@ -130,6 +134,7 @@ def _trainer(payload: Payload, scratch: str) -> TorchTrainer:
                 controller_failure_limit=START_ATTEMPTS,
             ),
         ),
+        partial(warm_up, room.loader_cpus),
     )
 
 

@@ -1,43 +1,56 @@
-"""Ray Train's `TorchTrainer` for a driver and a controller that do not import torch.
+"""Ray Train's `TorchTrainer` with its controller in the driver, and without torch there.
 
-Ray's own class brings torch into both before the first worker is asked for: four seconds of a start and 300 MB in each,
-and neither has a use for it. Here only the workers import it; what sets it up there are Ray's own functions.
+Ray's own class runs the controller as an actor, and brings torch into both before the first worker is asked for: that
+takes seconds of a start and 500 MB, of no use to anybody. Here only the workers import torch; what sets it up there are
+Ray's own functions.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
-from ray.train import Result, RunConfig, ScalingConfig
+from ray.runtime_context import RuntimeContext
+from ray.train import LoggingConfig, Result, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import scaling_policy
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.util import TrainingFramework
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-HEAD_START_S = 0.3
-"""Of the controller's process before others: Ray starts only as many at once as there are cores."""
+from ray_det.connect import replaced
+
 SHUTDOWN_S = 30.0
 """For process groups to end, as Ray waits itself."""
-UNUSED_ANYWHERE = ("DatasetsCallback",)
-"""Ray Train's own callbacks that start a process each: this one splits data sets among workers, who load their own."""
-UNUSED_LOCALLY = ("PlacementGroupCleanerCallback",)
-"""It cleans up after a driver that died; a cluster that was started for a run dies with it."""
+QUIET = LoggingConfig(log_level="CRITICAL")
+"""What Ray Train says is in its session's files; the driver's console is the run's own."""
+UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+"""Ray Train's own callbacks that start a process each. One splits data sets among workers, who load their own,
+another cleans up after a controller that died before its driver."""
 
 
 class TorchTrainer(DataParallelTrainer):
-    """As `ray.train.torch.TorchTrainer`, without callbacks whose processes a run has no use for.
+    """As `ray.train.torch.TorchTrainer`, without processes that a run has no use for. One `fit` at a time.
 
     Args:
         train_loop: what every worker runs.
         config: what it gets.
         scaling_config: with GPUs gradients go through NCCL, else through gloo.
+        first: what every worker does before it imports torch: start what others can do meanwhile.
     """
 
     def __init__(
@@ -46,26 +59,44 @@ class TorchTrainer(DataParallelTrainer):
         config: dict[str, Any],
         scaling_config: ScalingConfig,
         run_config: RunConfig,
+        first: Callable[[], None],
     ) -> None:
         super().__init__(
             train_loop,
             train_loop_config=config,
-            backend_config=TorchConfig("nccl" if scaling_config.use_gpu else "gloo"),
+            backend_config=TorchConfig("nccl" if scaling_config.use_gpu else "gloo", first),
             scaling_config=scaling_config,
-            run_config=run_config,
+            run_config=replace(run_config, logging_config=QUIET),
         )
 
-    def fit(self) -> Result:
-        timer = threading.Timer(HEAD_START_S, _give_a_head_start)
-        timer.start()
-        try:
-            return super().fit()
-        finally:
-            timer.cancel()
-
     def _create_default_callbacks(self) -> list[Any]:
-        unused = UNUSED_ANYWHERE if os.environ.get("RAY_ADDRESS") else UNUSED_ANYWHERE + UNUSED_LOCALLY
-        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in UNUSED]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Result:
+        with replaced(scaling_policy, {"TrainAutoscalingCoordinatorClient": _Coordinator}):
+            controller = _Controller(**options)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _Coordinator(TrainAutoscalingCoordinatorClient):
+    """Does not wait for an answer that says nothing: the workers' processes start meanwhile."""
+
+    def send_resource_request(self, *args: Any, **kwargs: Any) -> None:
+        self._latest_autoscaling_request_time = time.monotonic()
+        request = partial(super().send_resource_request, *args, **kwargs)
+        threading.Thread(target=request, daemon=True).start()
+
+
+class _WorkerGroup(WorkerGroup):
+    def _init_train_context_on_workers(self, *args: Any, **kwargs: Any) -> None:
+        # Ray hands the workers the actor that the controller is, for a question that ours never ask.
+        with replaced(RuntimeContext, {"current_actor": None}):
+            super()._init_train_context_on_workers(*args, **kwargs)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _WorkerGroup
 
 
 @dataclass
@@ -74,9 +105,11 @@ class TorchConfig(BackendConfig):
 
     Args:
         backend: of torch.distributed.
+        first: as of the trainer.
     """
 
     backend: str
+    first: Callable[[], None]
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -97,6 +130,7 @@ class TorchBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute_async(_run, backend_config.first)
         address, port = worker_group.execute_single(0, get_address_and_port)
         worker_group.execute(_set_environment, {"MASTER_ADDR": address, "MASTER_PORT": str(port)})
         worker_group.execute(_call, "_set_torch_distributed_env_vars")
@@ -109,6 +143,10 @@ class TorchBackend(Backend):
         several = len(worker_group) > 1
         ends = worker_group.execute_async(_call, "_shutdown_torch", destroy_process_group=several)
         ray.wait(ends, num_returns=len(ends), timeout=SHUTDOWN_S)
+
+
+def _run(function: Callable[[], None]) -> None:
+    function()
 
 
 def _set_environment(variables: dict[str, str]) -> None:
@@ -125,8 +163,8 @@ def _train_func_context() -> AbstractContextManager[None]:
     return _call("TorchConfigContextManager")
 
 
-def _give_a_head_start() -> None:
-    """Start a process that Ray Train's controller would start, and wait for, after seconds of imports of its own."""
+def start_coordinator() -> None:
+    """Start the process that `fit` first waits for. Ray starts only as many at once as there are cores: be early."""
     try:
         from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
     except ImportError:  # not with this version

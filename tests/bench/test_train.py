@@ -158,7 +158,6 @@ def test_a_weighed_run_ends_with_its_benchmark(monkeypatch):
 
 def test_processes_have_roles():
     assert memory.role(["ray::RayTrainWorker.init_train_context"]) == "train worker"
-    assert memory.role(["ray::TrainController.run"]) == "Ray Train's controller"
     assert memory.role(["ray::ReadRange->MapBatches(load_block)"]) == memory.role(["ray::IDLE"]) == "loaders"
     assert memory.role(["ray::DatasetManager"]) == "Ray's actors"
     assert memory.role(["/lib/ray/core/src/ray/raylet/raylet", "--x"]) == "raylet"

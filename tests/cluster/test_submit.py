@@ -47,7 +47,7 @@ def processes_of_a_run(running: Running) -> list[str]:
     """Command lines of what a job starts and must not leave on any node."""
     nodes = [psutil.Process(pid) for pid in running.pids]
     lines = [" ".join(child.cmdline()) for node in nodes for child in node.children(recursive=True)]
-    return [line for line in lines if "RayTrainWorker" in line or "jobs/train.py" in line or "TrainController" in line]
+    return [line for line in lines if "RayTrainWorker" in line or "jobs/train.py" in line]
 
 
 def require_readable(running: Running, job: str) -> str:

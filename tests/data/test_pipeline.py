@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -67,6 +68,26 @@ def test_epochs_share_a_name_and_streams_at_the_same_time_do_not(manifest):  # n
     assert len(list(first)) + len(list(second)) == len(shards[0].assignment) + len(shards[1].assignment) - 2
 
 
+WAKING = """
+import pickle, sys
+wake = pickle.loads(sys.stdin.buffer.read())
+assert "ray.data" not in sys.modules
+wake(None)
+assert {"ray.data", "cv2"} <= sys.modules.keys() and "torch" not in sys.modules
+"""
+
+
+def test_a_process_that_was_woken_has_imported_what_loading_needs():
+    """A second, which the first batch would wait for."""
+    import ray.cloudpickle
+
+    from ray_det.data.pipeline import wake
+
+    sent = cast(Any, ray.cloudpickle).dumps(cast(Any, wake)._function)
+    done = subprocess.run([sys.executable, "-c", WAKING], input=sent, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_blocks_are_small_at_first_and_bounded():
     from ray_det.data.pipeline import BLOCK_BATCHES, BLOCK_BYTES, _blocks
 
@@ -105,6 +126,7 @@ def test_map_chunks_keeps_the_order():
 SMALL_STORE = """
 import logging, sys
 from pathlib import Path
+from typing import Any, cast
 import ray
 from ray_det.connect import prepare_environment
 from ray_det.data.pipeline import Loaders

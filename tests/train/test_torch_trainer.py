@@ -10,13 +10,16 @@ import pytest
 
 DRIVER = """
 import sys
+from functools import partial
 from ray import cloudpickle
 from ray.train import RunConfig, ScalingConfig
+from ray_det.data.pipeline import warm_up
 from ray_det.train import launch
 from ray_det.train.job import train_worker
 from ray_det.train.torch_trainer import TorchTrainer
 
-trainer = TorchTrainer(train_worker, {}, ScalingConfig(num_workers=1), RunConfig(name="run", storage_path=sys.argv[1]))
+scaling, run = ScalingConfig(num_workers=1), RunConfig(name="run", storage_path=sys.argv[1])
+trainer = TorchTrainer(train_worker, {}, scaling, run, partial(warm_up, 1))
 given = trainer._get_train_func(), trainer.train_run_context, trainer._create_default_callbacks()
 cloudpickle.loads(cloudpickle.dumps(given))
 assert "torch" not in sys.modules
@@ -25,8 +28,8 @@ assert "torch" not in sys.modules
 ASKED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "ACCELERATE_TORCH_DEVICE")
 
 
-def test_neither_driver_nor_controller_import_torch(tmp_path):
-    """It is on the way to the first step, and holds hundreds of MB as long as the run takes."""
+def test_the_driver_does_without_torch(tmp_path):
+    """Torch is on the way to the first step, and holds hundreds of MB as long as the run takes."""
     done = subprocess.run([sys.executable, "-c", DRIVER, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -61,7 +64,7 @@ def test_workers_find_torch_as_under_rays_own(ray_cluster, tmp_path):
         if own:
             trainer = RaysOwn(describe, train_loop_config=config, scaling_config=scaling, run_config=run)
         else:
-            trainer = TorchTrainer(describe, config, scaling, run)
+            trainer = TorchTrainer(describe, config, scaling, run, print)
         trainer.fit()
         found.append([json.loads((to / f"{rank}.json").read_text()) for rank in range(2)])
     assert found[0] == found[1]
