@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants
+from ray._private import auto_init_hook, ray_constants
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
 from ray_det.config import WorkersConfig
@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment as it is
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for this poll
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints would come twice
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it closes all handlers of the driver's logging
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's new default, without the warning
     "RAY_COLOR_PREFIX": "0",  # its warnings are coloured in files too
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # of 30 seconds that a spot node may have
@@ -91,6 +92,7 @@ def end() -> None:
         with suppress(psutil.Error):  # it has ended
             if child.name() in ("gcs_server", "raylet"):
                 processes += [child, *child.children(recursive=True)]
+    auto_init_hook.enable_auto_connect = False  # a thread that still controls a run would start Ray anew
     ray.shutdown()
     _, left = psutil.wait_procs(processes, timeout=END_S)
     for process in left:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 from ray.runtime_context import RuntimeContext
-from ray.train import LoggingConfig, Result, RunConfig, ScalingConfig
+from ray.train import Result, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.controller import TrainController
@@ -36,11 +37,12 @@ from ray_det.connect import replaced
 
 SHUTDOWN_S = 30.0
 """For process groups to end, as Ray waits itself."""
-QUIET = LoggingConfig(log_level="CRITICAL")
-"""What Ray Train says is in its session's files; the driver's console is the run's own."""
-UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-"""Ray Train's own callbacks that start a process each. One splits data sets among workers, who load their own,
-another cleans up after a controller that died before its driver."""
+UNUSED = ("DatasetsCallback", "StateManagerCallback")
+"""Ray Train's own callbacks that have no use here: one starts a process that splits data sets among workers, who load
+their own, the other, which is off by default, takes the controller for an actor."""
+CLEANER = "PlacementGroupCleanerCallback"
+"""Another process. What a driver has reserved is free again once it is gone; what a sweep's trial has, which is an
+actor, only once the sweep is, without this."""
 
 
 class TorchTrainer(DataParallelTrainer):
@@ -66,21 +68,25 @@ class TorchTrainer(DataParallelTrainer):
             train_loop_config=config,
             backend_config=TorchConfig("nccl" if scaling_config.use_gpu else "gloo", first),
             scaling_config=scaling_config,
-            run_config=replace(run_config, logging_config=QUIET),
+            run_config=run_config,
         )
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in UNUSED]
+        in_a_trial = os.environ.get("RAY_ADDRESS") and ray.get_runtime_context().get_actor_id()
+        unused = UNUSED if in_a_trial else (*UNUSED, CLEANER)
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unused]
 
     def _initialize_and_run_controller(self, **options: Any) -> Result:
-        with replaced(scaling_policy, {"TrainAutoscalingCoordinatorClient": _Coordinator}):
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # errors are raised: the logs would say them again
+        client = {} if self.scaling_config.elasticity_enabled else {"TrainAutoscalingCoordinatorClient": _Coordinator}
+        with replaced(scaling_policy, client):
             controller = _Controller(**options)
         asyncio.run(controller.run())
         return controller.get_result()
 
 
 class _Coordinator(TrainAutoscalingCoordinatorClient):
-    """Does not wait for an answer that says nothing: the workers' processes start meanwhile."""
+    """Does not wait for an answer that tells a group of fixed size nothing: the workers' processes start meanwhile."""
 
     def send_resource_request(self, *args: Any, **kwargs: Any) -> None:
         self._latest_autoscaling_request_time = time.monotonic()
@@ -97,6 +103,12 @@ class _WorkerGroup(WorkerGroup):
 
 class _Controller(TrainController):
     worker_group_cls = _WorkerGroup
+
+    async def _run_control_loop_iteration(self) -> None:
+        before = self.get_state()
+        await super()._run_control_loop_iteration()
+        if self.get_state() is before:  # waits for room, where Ray would ask again at once
+            await asyncio.sleep(self._health_check_interval_s)
 
 
 @dataclass
