@@ -1,6 +1,7 @@
 """What is other than with Ray's own `TorchTrainer`, and what is not."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -49,12 +50,14 @@ def describe(config: dict[str, str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_workers_find_torch_as_under_rays_own(ray_cluster, tmp_path):
+def test_workers_find_torch_as_under_rays_own_and_the_driver_keeps_its_log(ray_cluster, tmp_path):
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer as RaysOwn
 
     from ray_det.train.torch_trainer import TorchTrainer
 
+    log = logging.getLogger("a_users_own")
+    log.addHandler(logging.FileHandler(tmp_path / "log.txt", "w"))
     found = []
     for own in (True, False):
         to = tmp_path / str(own)
@@ -69,3 +72,5 @@ def test_workers_find_torch_as_under_rays_own(ray_cluster, tmp_path):
         found.append([json.loads((to / f"{rank}.json").read_text()) for rank in range(2)])
     assert found[0] == found[1]
     assert [worker["sum"] for worker in found[1]] == [3.0, 3.0]
+    log.warning("as before")
+    assert (tmp_path / "log.txt").read_text() == "as before\n"
