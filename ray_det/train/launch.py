@@ -87,12 +87,9 @@ def fit(
     Raises:
         Stopped: it was asked to, and a checkpoint is kept.
     """
-    from ray_det.train.torch_trainer import start_coordinator
-
     error: Exception | None = None
     workers = job.config.workers
     place = place_beside(workers, room) if job.config.validators else None
-    start_coordinator()
     for _ in range(workers.max_preemption_failures + 1):
         board = start_board()
         payload = Payload(job.config, job.run_id, job.run, job.started_at, room, board, manifests, place)

@@ -173,12 +173,3 @@ def _call(name: str, **arguments: Any) -> Any:
 def _train_func_context() -> AbstractContextManager[None]:
     """Of the training function, on a worker: sets its GPU."""
     return _call("TorchConfigContextManager")
-
-
-def start_coordinator() -> None:
-    """Start the process that `fit` first waits for. Ray starts only as many at once as there are cores: be early."""
-    try:
-        from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
-    except ImportError:  # not with this version
-        return
-    get_or_create_autoscaling_coordinator()

@@ -126,7 +126,6 @@ def test_map_chunks_keeps_the_order():
 SMALL_STORE = """
 import logging, sys
 from pathlib import Path
-from typing import Any, cast
 import ray
 from ray_det.connect import prepare_environment
 from ray_det.data.pipeline import Loaders
