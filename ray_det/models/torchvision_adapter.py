@@ -25,6 +25,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import MultiScaleRoIAlign
 
 from ray_det.models.detector import Batch, Detector, Prediction
+from ray_det.models.roi_pool import pool_boxes
 from ray_det.types import IMAGENET_MEAN
 
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -182,8 +183,7 @@ class TwoStageDetector(Detector):
         pool = cast(MultiScaleRoIAlign, self.roi_heads.box_roi_pool)
         with full_precision(boxes[0]):
             features = {name: level.float() for name, level in proposals.features.items()}
-            # The pool guesses every level's scale from these sizes, once for all: real sizes would mislead it.
-            pooled = pool(features, boxes, [proposals.canvas] * len(boxes))
+            pooled = pool_boxes(pool, features, boxes, proposals.canvas)
         logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
         return logits.float(), deltas.float()
 
