@@ -16,6 +16,7 @@ from ray_det.types import UserError
 SUBCOMMANDS = {
     "ingest": "images/s of the data pipeline, its first batch, decoding",
     "step": "one optimizer step on ready batches",
+    "throughput": "images/s on ready batches by batch size, eager and compiled; on a GPU MFU and idle share",
     "train": "images/s from files to weights",
     "eval": "COCO scoring",
     "serve": "requests/s and latencies of a served model, and an overload of it",

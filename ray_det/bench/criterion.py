@@ -129,12 +129,13 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def drawn(side: int) -> MicroBatch:
+def drawn(side: int, images: int = IMAGES) -> MicroBatch:
     """Square noise with boxes, always the same."""
     rng = np.random.default_rng(0)
-    sizes = np.full((IMAGES, 2), side, np.int32)
-    corners = [rng.uniform(0, 0.6 * side, (n, 2)) for n in BOXES]
+    counts = np.resize(BOXES, images)
+    sizes = np.full((images, 2), side, np.int32)
+    corners = [rng.uniform(0, 0.6 * side, (n, 2)) for n in counts]
     boxes = [np.hstack([c, c + rng.uniform(0.05 * side, 0.4 * side, c.shape)]).astype(np.float32) for c in corners]
-    labels = [rng.integers(0, len(CLASSES), n) for n in BOXES]
-    pixels = rng.integers(0, 256, (IMAGES, side, side, 3), np.uint8)
-    return MicroBatch(0, 0, 0, pixels, sizes, sizes, np.arange(IMAGES), boxes, labels)
+    labels = [rng.integers(0, len(CLASSES), n) for n in counts]
+    pixels = rng.integers(0, 256, (images, side, side, 3), np.uint8)
+    return MicroBatch(0, 0, 0, pixels, sizes, sizes, np.arange(images), boxes, labels)
