@@ -24,6 +24,15 @@ class Stuck:
         atexit.register(time.sleep, 600)
         return os.getpid(), os.nice(0)
 
+def late():
+    "What a thread does that is left over."
+    try:
+        ray.put(1)
+    except Exception:
+        pass
+    print(json.dumps(ray.is_initialized()))
+
+atexit.register(late)  # after the end
 start_ray(WorkersConfig())
 stuck = ray.remote(Stuck).remote()
 pid, niceness = ray.get(stuck.me.remote())
@@ -40,7 +49,8 @@ def local() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-c", LOCAL]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
-    return json.loads(done.stdout)
+    seen, again = map(json.loads, done.stdout.splitlines())
+    return seen | {"again": again}
 
 
 @pytest.mark.ray
@@ -55,6 +65,11 @@ def test_a_local_start_has_no_processes_that_nobody_uses(local):
 def test_processes_that_work_are_not_stalled_by_those_that_start(local):
     """Ray would lower a process's priority once it has work, and one that starts has the driver's."""
     assert local["niceness"] == 0
+
+
+@pytest.mark.ray
+def test_nothing_starts_ray_again_after_the_end(local):
+    assert local["again"] is False
 
 
 @pytest.mark.ray

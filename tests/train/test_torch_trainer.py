@@ -26,12 +26,78 @@ cloudpickle.loads(cloudpickle.dumps(given))
 assert "torch" not in sys.modules
 """
 
+WAITING = """
+import os, sys, threading, time
+import ray
+from ray.train import RunConfig, ScalingConfig
+from ray_det.connect import end
+from ray_det.train.torch_trainer import TorchTrainer
+
+def look():
+    time.sleep(5)
+    before = time.process_time()
+    time.sleep(4)
+    print(time.process_time() - before, flush=True)
+    end()
+    os._exit(0)
+
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+threading.Thread(target=look).start()
+scaling = ScalingConfig(num_workers=(1, 2), resources_per_worker={"CPU": 2})
+TorchTrainer(print, {}, scaling, RunConfig(name="run", storage_path=sys.argv[1]), print).fit()
+"""
+
+TRIAL = """
+import os, sys, time
+import ray
+from ray.util import placement_group_table
+from ray_det.train.torch_trainer import TorchTrainer
+
+def states():
+    return [group["state"] for group in placement_group_table().values()]
+
+def wait_for(state):
+    until = time.monotonic() + 90
+    while states() != [state]:
+        assert time.monotonic() < until, states()
+        time.sleep(0.5)
+
+class Trial:
+    def fit(self, folder):
+        from ray.train import RunConfig, ScalingConfig
+        run = RunConfig(name="run", storage_path=folder)
+        TorchTrainer(lambda config: time.sleep(600), {}, ScalingConfig(num_workers=1), run, print).fit()
+
+ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False)
+cluster = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
+trial = ray.remote(Trial).options(num_cpus=0, runtime_env=cluster).remote()
+trial.fit.remote(sys.argv[1])
+wait_for("CREATED")
+time.sleep(10)  # the worker starts
+ray.kill(trial)
+wait_for("REMOVED")
+"""
+
 ASKED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "ACCELERATE_TORCH_DEVICE")
 
 
 def test_the_driver_does_without_torch(tmp_path):
     """Torch is on the way to the first step, and holds hundreds of MB as long as the run takes."""
     done = subprocess.run([sys.executable, "-c", DRIVER, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.ray
+def test_a_driver_that_waits_for_room_does_not_compute(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WAITING, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 2  # CPU seconds of 4
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_what_a_killed_trial_had_reserved_is_free_while_the_sweep_goes_on(tmp_path):
+    done = subprocess.run([sys.executable, "-c", TRIAL, tmp_path], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
 
 
