@@ -87,6 +87,7 @@ def test_the_driver_does_without_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_driver_that_waits_for_room_does_not_compute(tmp_path):
     done = subprocess.run([sys.executable, "-c", WAITING, tmp_path], capture_output=True, text=True, timeout=120)
