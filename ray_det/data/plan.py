@@ -20,6 +20,8 @@ from ray_det.types import UserError
 SHORTEST_CAP = 5 / 3
 """With `resize: shortest` the longest side is at most this times image_size (800 / 1333 of the R-CNN papers)."""
 
+STEPS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -145,20 +147,37 @@ def plan_epoch(
     drawn = rng.permutation(len(rows_N)) if sampler is None else sampler.draw(rng)
     steps = steps_per_epoch(len(drawn), batch, config.last_batch)
     place = np.resize(np.arange(len(drawn)), steps * batch)  # of each image among those drawn
-    window = np.arange(len(place)) // (batch * config.window)
-    aspect = (widths_N / heights_N)[drawn[place]]
-    place = place[np.lexsort((aspect, window))].reshape(steps, batch)
+    place = place[_like_shapes((widths_N / heights_N)[drawn[place]], batch * config.window)].reshape(steps, batch)
     place = place[np.lexsort((rng.random(steps), np.arange(steps) // config.window))]
     order = drawn[place]
     occurrence = np.zeros(place.shape, np.int32) if sampler is None else occurrences(drawn)[place]
 
     scales = np.array(config.multi_scale or (config.image_size,), np.int32)
     image_size_S = scales[rng.integers(len(scales), size=steps)]
-    size_SG2 = resized(heights_N[order], widths_N[order], image_size_S[:, None], config.resize)
-    canvas_S2 = round_up(size_SG2.max(axis=1), divisor).astype(np.int32)
+    canvas_S2 = round_up(_largest(heights_N, widths_N, order, image_size_S, config.resize), divisor).astype(np.int32)
     shape, more = (steps, micro_batches, micro_batch_size), steps * batch - len(drawn)
     rows_SMB, occurrence_SMB = rows_N[order].reshape(shape), occurrence.reshape(shape)
     return EpochPlan(epoch, rows_SMB, occurrence_SMB, canvas_S2, image_size_S, max(more, 0), max(-more, 0))
+
+
+def _like_shapes(aspect_N: np.ndarray, window: int) -> np.ndarray:
+    """The order that sorts every window of so many images by aspect ratio."""
+    return np.lexsort((aspect_N, np.arange(len(aspect_N)) // window))
+
+
+def _largest(
+    heights_N: np.ndarray, widths_N: np.ndarray, order_SG: np.ndarray, image_size_S: np.ndarray, mode: str
+) -> np.ndarray:
+    """int32 (S, 2): height and width that hold all images of a global batch, a part of the steps at a time: all at
+    once would take a gigabyte for 10 million images.
+    """
+    largest_S2 = np.empty((len(order_SG), 2), np.int32)
+    for start in range(0, len(order_SG), STEPS_AT_ONCE):
+        steps = slice(start, start + STEPS_AT_ONCE)
+        rows = order_SG[steps]
+        size_SG2 = resized(heights_N[rows], widths_N[rows], image_size_S[steps, None], mode)
+        largest_S2[steps] = size_SG2.max(axis=1)
+    return largest_S2
 
 
 def steps_per_epoch(images: int, global_batch_size: int, last_batch: str) -> int:
