@@ -1,4 +1,4 @@
-"""Micro-batches through Ray Data: loader tasks anywhere in the cluster, in plan order.
+"""Micro-batches through Ray Data: loader tasks near the train worker, or where the cluster has room, in plan order.
 
 Each rank streams its own assignment inside the train loop, where the world size and the restored step are known:
 nothing has to be split between ranks, and resuming is a shorter assignment.
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 
 from ray_det.data.collate import Shard, from_table, load, to_table
 from ray_det.data.headers import Header, HeaderChunk, map_in_threads
@@ -37,11 +38,13 @@ PREFETCHED_BLOCKS = 1
 EXECUTION_BLOCKS = 2048
 """Blocks of one execution. Ray Data makes a read task for each before the first runs: an epoch may have too many."""
 
+NODE_LABEL = "ray.io/node-id"
+
 RAY_FROM = 5000
 """Files from which on headers are read by Ray Data tasks: below, starting Ray takes longer than reading them."""
 
 
-@ray.remote(num_cpus=1, scheduling_strategy="DEFAULT")  # not where a sweep's trial would have it: among the workers
+@ray.remote(num_cpus=1)
 def wake(after: Any) -> None:
     """Import what a loader needs. (The function itself is pickled without its module.)
 
@@ -59,9 +62,18 @@ def warm_up(cpus: float) -> None:
         cpus: that its loader tasks may use together. Half of them are woken, the others as the stream asks for them,
             and not beside the statistics: where cores are few, this process needs them too.
     """
-    ready = _start_statistics()
+    ready, woken = _start_statistics(), wake.options(scheduling_strategy="DEFAULT", **near())
     for _ in range(max(1, int(cpus / 2))):
-        wake.remote(ready)
+        woken.remote(ready)
+
+
+def near() -> dict[str, Any]:
+    """Where this process's tasks run: on its node while that has CPUs free, else on others. The pixels of an image are
+    many times its file's bytes, and between nodes they take the network.
+    """
+    node = ray.get_runtime_context().get_node_id()
+    elsewhere = {"label_selector": {NODE_LABEL: f"!{node}"}}
+    return {"label_selector": {NODE_LABEL: node}, "fallback_strategy": [elsewhere]}
 
 
 def _start_statistics() -> ray.ObjectRef | None:
@@ -125,8 +137,10 @@ class Loaders:
                 yield to_table(load(Shard(images, parts[i], spec)))
 
         configure(ray.data.DataContext.get_current())
-        dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks))
-        dataset = dataset.map_batches(load_block, batch_size=None, num_cpus=1)
+        # `ray.data.range` cannot be told where to run, and would not be one task with what follows.
+        numbers = RangeDatasource(len(blocks), block_format="arrow", column_name="id")
+        dataset = ray.data.read_datasource(numbers, override_num_blocks=len(blocks), num_cpus=1, **near())
+        dataset = dataset.map_batches(load_block, batch_size=None, num_cpus=1, **near())
         dataset.get_dataset_id = lambda: name
         options = dataset.context.execution_options
         options.preserve_order = True

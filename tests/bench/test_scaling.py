@@ -14,6 +14,7 @@ import pytest
 
 from ray_det.bench import simulate
 from ray_det.bench.scaling import (
+    ANYWHERE,
     CHANGED,
     FILES,
     PACKED,
@@ -31,7 +32,7 @@ from ray_det.bench.scaling import (
 
 ROOT = Path(__file__).resolve().parents[2]
 COSTS = Costs()
-LAYOUTS = (FILES, PACKED, SPREAD_KEYS, CHANGED)
+LAYOUTS = (FILES, PACKED, SPREAD_KEYS, ANYWHERE, CHANGED)
 GPUS = (1, 4, 8, 16, 64, 256, 512, 1024)
 GRID = list(product(LAYOUTS, GPUS, simulate.IMAGES))
 
@@ -121,9 +122,9 @@ def test_requests_and_memory_follow_the_data():
     assert fits(COSTS, node_memory(COSTS, CHANGED, 64, 2 * 10**9))
 
 
-def test_nothing_moves_between_nodes_where_there_is_one():
-    assert steady_limits(COSTS, FILES, 8, 10**6)["blocks between nodes"] == math.inf
-    assert steady_limits(COSTS, FILES, 16, 10**6)["blocks between nodes"] < math.inf
+def test_only_what_is_loaded_elsewhere_moves_between_nodes():
+    for layout, gpus, moves in ((ANYWHERE, 8, False), (ANYWHERE, 16, True), (FILES, 16, False)):
+        assert (steady_limits(COSTS, layout, gpus, 10**6)["blocks between nodes"] < math.inf) is moves
 
 
 def test_a_checkpoint_is_written_longer_than_it_is_copied():
