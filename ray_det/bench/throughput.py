@@ -6,6 +6,7 @@ arXiv:2204.02311, appendix B), the memory, and on a GPU the share of time in whi
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -61,7 +62,10 @@ def run(config: Config) -> Iterator[Figure]:
     for name in config.models:
         for batch_size in config.batch_sizes:
             for mode in config.modes:
-                yield _figure(config, name, batch_size, mode, device, bf16=bf16, rate=rate)
+                try:
+                    yield _figure(config, name, batch_size, mode, device, bf16=bf16, rate=rate)
+                except torch.OutOfMemoryError:
+                    print(f"{name}, batch {batch_size}, {mode}: out of memory", file=sys.stderr)
 
 
 def _figure(

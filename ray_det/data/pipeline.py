@@ -62,7 +62,9 @@ def warm_up(cpus: float) -> None:
         cpus: that its loader tasks may use together. Half of them are woken, the others as the stream asks for them,
             and not beside the statistics: where cores are few, this process needs them too.
     """
-    ready, woken = _start_statistics(), wake.options(scheduling_strategy="DEFAULT", **near())
+    ready = _start_statistics()
+    # By default a sweep's trial would have its tasks where its workers are to be.
+    woken = wake.options(scheduling_strategy="DEFAULT", **near())
     for _ in range(max(1, int(cpus / 2))):
         woken.remote(ready)
 

@@ -20,7 +20,7 @@ from torchvision.ops.poolers import LevelMapper
 def pool_boxes(
     pool: MultiScaleRoIAlign, features: dict[str, Tensor], boxes: list[Tensor], canvas: tuple[int, int]
 ) -> Tensor:
-    """What `pool` gives, float32 (R, C, S, S); on a CPU equal to the last bits, not to the last one.
+    """What `pool` gives, float32 (R, C, S, S); on a CPU with other rounding (1e-6).
 
     Args:
         pool: with a fixed number of samples, as all of torchvision's detectors have it.
