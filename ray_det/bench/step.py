@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ray_det.bench.alone import open_alone, seconds
 from ray_det.bench.measure import Arm, Bench, Figure, compare
-from ray_det.config import ModelConfig, TrainJobConfig
+from ray_det.config import ModelConfig, OptimConfig, TrainJobConfig
 from ray_det.data import embedded
 from ray_det.data.collate import Shard, load
 from ray_det.data.headers import map_in_threads
@@ -31,7 +31,7 @@ from ray_det.train.optim import build_optimizer
 from ray_det.train.session import Session
 from ray_det.train.start import begin
 from ray_det.train.step import gradient_norm, update, use_bf16
-from ray_det.types import MicroBatch
+from ray_det.types import ClassList, MicroBatch
 
 SMALL = ModelConfig(name="torchvision/fcos_mobilenet_v3_small_fpn", weights="none", fpn_channels=64)
 
@@ -190,10 +190,17 @@ def _precision(config: Config, ours: Session, batches: list[MicroBatch]) -> Figu
 
 def fresh(ours: Session) -> tuple[Detector, torch.optim.Optimizer]:
     """Another detector and optimizer of the session's kind."""
+    return build(ours.config.model, ours.job.facts.classes, ours.config.optim, ours.runtime.device)
+
+
+def build(
+    model: ModelConfig, classes: ClassList, optim: OptimConfig, device: torch.device
+) -> tuple[Detector, torch.optim.Optimizer]:
+    """A detector that trains, always from the same weights, and its optimizer."""
     torch.manual_seed(0)
-    detector, _ = build_detector(ours.config.model, ours.job.facts.classes)
-    detector.to(ours.runtime.device).train()
-    return detector, build_optimizer(ours.config.optim, detector)
+    detector, _ = build_detector(model, classes)
+    detector.to(device).train()
+    return detector, build_optimizer(optim, detector)
 
 
 def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, micro: MicroBatch, *, bf16: bool = False) -> None:

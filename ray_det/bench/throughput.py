@@ -20,13 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ray_det.bench.alone import seconds
 from ray_det.bench.criterion import CLASSES, drawn
 from ray_det.bench.measure import Arm, Bench, Figure, compare
-from ray_det.bench.step import bare_step
+from ray_det.bench.step import bare_step, build
 from ray_det.bench.task import DFINE_SMALL
 from ray_det.config import ModelConfig, OptimConfig
-from ray_det.models.build import build_detector
-from ray_det.models.detector import Detector
 from ray_det.models.parts import compile_networks
-from ray_det.train.optim import build_optimizer
 from ray_det.train.step import train_step, use_bf16
 
 MODELS = {
@@ -75,14 +72,14 @@ def _figure(
     side = config.image_size or side
     micro = drawn(side, batch_size)
     torch.compiler.reset()  # else the next shapes count as too many recompilations, and stay eager
-    ours, optimizer = _fresh(model, device)
+    ours, optimizer = build(model, CLASSES, OptimConfig(), device)
     if mode == "compiled":
         compile_networks(ours)
     step = partial(train_step, ours, optimizer, [micro], device=device, clip_norm=0.1, seed=0, global_step=0, bf16=bf16)
     for _ in range(3):  # compilation, choice of kernels
         step()
     seen = _on_gpu(step, device)
-    bare, bare_optimizer = _fresh(model, device)
+    bare, bare_optimizer = build(model, CLASSES, OptimConfig(), device)
     plain = partial(bare_step, bare, bare_optimizer, micro, bf16=bf16)
     work = flops(plain) / batch_size
     more = {"GFLOP per image": work / 1e9, "TFLOP/s of a matrix product": rate / 1e12} | seen
@@ -104,13 +101,6 @@ def _figure(
     if bf16 and (peak := peak_of(device)):
         more["MFU"] = figure.value * work / peak
     return figure
-
-
-def _fresh(model: ModelConfig, device: torch.device) -> tuple[Detector, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    detector, _ = build_detector(model, CLASSES)
-    detector.to(device).train()
-    return detector, build_optimizer(OptimConfig(), detector)
 
 
 def flops(step: Callable[[], object]) -> int:
