@@ -9,20 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import cv2
 import numpy as np
 import pyarrow as pa
 
+from ray_det.ahead import ahead
 from ray_det.data import augment
+from ray_det.data.files import READS_AT_ONCE
 from ray_det.data.image import LoadSpec, pad
 from ray_det.data.manifest import Manifest
-from ray_det.data.picture import Wanted, draw, wanted
+from ray_det.data.picture import Picture, Wanted, draw, wanted
 from ray_det.data.plan import Assignment
 from ray_det.types import MicroBatch
 
-THREADS = 2
-"""Images loaded at once by one loader: decoding releases the GIL, and one may wait for the disk."""
+DRAWN_AT_ONCE = 2
+"""Pictures that one loader draws at once, of those whose files are read: most of it releases the GIL."""
 
 
 @dataclass(frozen=True)
@@ -41,34 +44,44 @@ def load(work: Shard, start: int = 0, stop: int | None = None) -> list[MicroBatc
         UserError: an image leaves the root, or, unless `spec.skip_bad`, cannot be read or is not of the size that the
             manifest has.
     """
-    cv2.setNumThreads(0)  # the pool below is the parallelism
+    cv2.setNumThreads(0)  # pictures are drawn side by side
     part = work.assignment.slice(start, len(work.assignment) if stop is None else stop)
     pictures = wanted(work.manifest, part, work.spec)
-    areas = np.diff(part.offsets) * part.canvas.prod(axis=1, dtype=np.int64) * 3
-    ends = np.cumsum(areas)
-    buffer = np.empty(int(ends[-1]), np.uint8)
-    with ThreadPoolExecutor(THREADS) as pool:
-        return [
-            _load_one(work.spec, part, i, pictures, buffer[end - size : end], pool)
-            for i, (end, size) in enumerate(zip(ends, areas, strict=True))
-        ]
+    canvases = _canvases(part)
+    drawn = _draw_all(work.spec, pictures, np.repeat(part.image_size, np.diff(part.offsets)).tolist(), canvases)
+    return [
+        _micro_batch(part.keys[i], canvases[i], pictures[start:stop], drawn[start:stop])
+        for i, (start, stop) in enumerate(pairwise(part.offsets.tolist()))
+    ]
 
 
-def _load_one(
-    spec: LoadSpec, part: Assignment, i: int, pictures: list[Wanted], buffer: np.ndarray, pool: ThreadPoolExecutor
-) -> MicroBatch:
-    pictures = pictures[part.offsets[i] : part.offsets[i + 1]]
-    epoch, step, index = map(int, part.keys[i])
-    height, width = map(int, part.canvas[i])
-    pixels = buffer.reshape(len(pictures), height, width, 3)
-    size = int(part.image_size[i])
-    drawn = list(pool.map(lambda pair: draw(spec, pair[0], size, pair[1]), zip(pictures, pixels, strict=True)))
+def _canvases(part: Assignment) -> list[np.ndarray]:
+    """(B, H, W, 3) of each micro-batch, all in one buffer and without content."""
+    images = np.diff(part.offsets)
+    shapes = np.column_stack([images, part.canvas, np.full_like(images, 3)]).astype(np.int64)
+    ends = np.cumsum(shapes.prod(axis=1))
+    pixels = np.split(np.empty(int(ends[-1]), np.uint8), ends[:-1])
+    return [flat.reshape(shape) for flat, shape in zip(pixels, shapes.tolist(), strict=True)]
+
+
+def _draw_all(
+    spec: LoadSpec, pictures: list[Wanted], image_sizes: list[int], canvases: list[np.ndarray]
+) -> list[Picture]:
+    """Files are read far ahead, because a storage may be far away; few are drawn at once, which takes the cores."""
+    with ThreadPoolExecutor(READS_AT_ONCE) as readers, ThreadPoolExecutor(DRAWN_AT_ONCE) as artists:
+        fetched = ahead(readers, lambda one: one.fetched(spec), pictures, 2 * READS_AT_ONCE)
+        work = zip(fetched, image_sizes, chain.from_iterable(canvases), strict=True)
+        return list(ahead(artists, lambda one: draw(spec, *one), work, 2 * DRAWN_AT_ONCE))
+
+
+def _micro_batch(key: np.ndarray, pixels_BHW3: np.ndarray, pictures: list[Wanted], drawn: list[Picture]) -> MicroBatch:
+    epoch, step, index = key.tolist()
     skipped = tuple(picture.skipped for picture in drawn)
     return MicroBatch(
         epoch,
         step,
         index,
-        pixels,
+        pixels_BHW3,
         np.array([picture.size for picture in drawn], np.int32),
         np.array([one.source.size for one in pictures], np.int32),
         np.array([one.source.id for one in pictures], np.int64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 import stat
@@ -22,6 +23,13 @@ from ray_det.storage import Folder, StorageError
 from ray_det.types import UserError
 
 T = TypeVar("T")
+
+READS_AT_ONCE = 16
+"""Files that a process reads at once: an object store answers after tens of milliseconds, whatever is asked."""
+WHOLE_BYTES = 256 << 10
+"""Smaller remote files are taken whole where parts are asked for: every part would be one more answer to wait for."""
+BUFFER_BYTES = 64 << 10
+"""Of larger ones at a time."""
 
 
 class OverLimitError(ValueError):
@@ -83,9 +91,17 @@ def open_bounded(path: str, max_bytes: int) -> Any:
     return file
 
 
-def patiently_opened(path: str, max_bytes: int) -> Any:
-    """As `open_bounded`, also where a remote storage is out of reach for a while."""
-    return _patiently(path, lambda: open_bounded(path, max_bytes))
+def open_for_parts(path: str, max_bytes: int) -> Any:
+    """As `open_bounded`, for many small reads here and there, also where a storage is out of reach for a while."""
+
+    def remote() -> Any:
+        file = open_bounded(path, max_bytes)
+        if file.size() > WHOLE_BYTES:
+            return io.BufferedReader(file, BUFFER_BYTES)
+        with file:
+            return io.BytesIO(file.read())
+
+    return _patiently(path, remote) if has_scheme(path) else open_bounded(path, max_bytes)
 
 
 def too_large(size: int, max_bytes: int) -> OverLimitError:
@@ -153,7 +169,7 @@ def read_all(paths: list[str]) -> list[bytes | None]:
         except OSError as error:
             raise UserError(f"cannot read {path}: {_one_line(error)}") from error
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         return list(pool.map(read, paths))
 
 

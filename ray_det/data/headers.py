@@ -60,14 +60,15 @@ def scan(
 def read_headers(chunk: HeaderChunk, limits: ImageLimits = DEFAULT_LIMITS) -> list[Header]:
     """Open the header of every file of a chunk; never raises for what a file holds."""
     root, names = chunk
-    return [_read_header(root, paths.join(root, name), limits) for name in names]
+    with ThreadPoolExecutor(files.READS_AT_ONCE) as pool:
+        return list(pool.map(lambda name: _read_header(root, paths.join(root, name), limits), names))
 
 
 def _read_header(root: str, path: str, limits: ImageLimits) -> Header:
     if paths.is_outside(path, root):
         return Header("outside")
     try:
-        with files.patiently_opened(path, limits.bytes) as file, open_image(file, limits) as image:
+        with files.open_for_parts(path, limits.bytes) as file, open_image(file, limits) as image:
             height, width = stored_size(image)
             header = Header("ok", height, width, orientation(image), image.mode, several=_several(image))
             whole = _ends_well(file, image.format)

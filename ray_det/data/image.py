@@ -46,6 +46,18 @@ class Source(NamedTuple):
     place: Place
     boxes_N4: np.ndarray  # float64 xyxy in pixels of the stored image: those that may be trained on
     labels_N: np.ndarray  # int64
+    content: bytes | UserError | None = None  # the file, or why it cannot be read; None: not read yet
+
+    def fetched(self, spec: LoadSpec) -> Source:
+        """With its content.
+
+        Raises:
+            StorageError: a remote storage stayed out of reach.
+        """
+        try:
+            return self._replace(content=self.place.read(spec.limits.bytes, spec.patience_s))
+        except UserError as error:
+            return self._replace(content=error)
 
 
 def sources(manifest: Manifest, rows: np.ndarray) -> list[Source]:
@@ -110,8 +122,9 @@ def _decode(source: Source, spec: LoadSpec, shrink: int) -> np.ndarray:
     """All pixels of the image, or of a JPEG a part, as `shrink` says."""
     name = source.place.name
     try:
-        data = source.place.read(spec.limits.bytes, spec.patience_s)
-        pixels, size = decode.decode_for(data, name, lambda size: shrink, spec.limits)
+        if not isinstance(source.content, bytes):
+            raise source.content or AssertionError(f"{name} was not fetched")
+        pixels, size = decode.decode_for(source.content, name, lambda size: shrink, spec.limits)
         if size != source.size:
             raise UserError(f"{name} is {size} (h, w), the manifest says {source.size}: prepare it again")
     except UserError as error:

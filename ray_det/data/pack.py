@@ -67,7 +67,7 @@ def _layout(lengths: np.ndarray, shard_bytes: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _write(path: str, uris: list[str], lengths: list[int]) -> None:
-    with files.writing(path) as temporary, ThreadPoolExecutor() as pool:
+    with files.writing(path) as temporary, ThreadPoolExecutor(files.READS_AT_ONCE) as pool:
         with temporary.open("wb") as shard:
             for start in range(0, len(uris), _READ_AHEAD):
                 part = uris[start : start + _READ_AHEAD]

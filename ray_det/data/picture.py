@@ -30,6 +30,15 @@ class Wanted(NamedTuple):
     key: tuple[int, ...]  # of its random numbers
     partners: Partners[Source] = Partners()
 
+    def fetched(self, spec: LoadSpec) -> Wanted:
+        """With the contents of all its files. This waits, and computes next to nothing.
+
+        Raises:
+            StorageError: a remote storage stayed out of reach.
+        """
+        partners = Partners(*(tuple(image.fetched(spec) for image in group) for group in self.partners))
+        return self._replace(source=self.source.fetched(spec), partners=partners)
+
     def rng(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.key, spawn_key=stream))
 
@@ -72,7 +81,7 @@ def wanted(manifest: Manifest, part: Assignment, spec: LoadSpec) -> list[Wanted]
 
 
 def draw(spec: LoadSpec, one: Wanted, image_size: int, canvas_HW3: np.ndarray) -> Picture:
-    """Decode a picture's images and draw them on the canvas; the rest of it is filled.
+    """Decode a picture's images, which are fetched, and draw them on the canvas; the rest of it is filled.
 
     Raises:
         UserError: as `collate.load`.

@@ -89,5 +89,5 @@ def _digests(manifest: Manifest, rows: np.ndarray) -> list[tuple[str, str]]:
             return None
         return manifest.table["uri"][row].as_py(), hashlib.sha256(content).hexdigest()
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(files.READS_AT_ONCE) as pool:
         return [pair for pair in pool.map(digest, rows.tolist()) if pair]

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ray_det.ahead import ahead
 from ray_det.config import changed_keys
 from ray_det.data import files
 from ray_det.evaluate import detections_file
-from ray_det.predict.flow import ahead
 from ray_det.retry import reason
 from ray_det.storage import Folder, StorageError
 from ray_det.train.skipped import LIST

@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ray_det.ahead import ahead
 from ray_det.data.decode import reason
+from ray_det.data.files import READS_AT_ONCE
 from ray_det.evaluate.detections_file import detections_table
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.shown import picture_of
-from ray_det.predict.flow import ahead, by_canvas
+from ray_det.predict.flow import by_canvas
 from ray_det.predict.inputs import SHARD, InputImage
 from ray_det.predict.output import IMAGES_SCHEMA, Output
 from ray_det.predict.predictor import Predictor, open_checkpoint
@@ -50,6 +52,10 @@ class ShardJob:
     pictures: frozenset[tuple[int, int]]  # (shard, place in it) of images that are drawn
     gpu: bool
     threads: int
+
+
+_Fetched = tuple[InputImage, bytes | UserError]
+"""An image with the content of its file, or why there is none."""
 
 
 class _Loaded(NamedTuple):
@@ -105,8 +111,9 @@ class ShardPredictor:
         number, job, predictor = shard[SHARD][0].as_py(), self._job, self._predictor
         found, told = _Found(), 0
         most = WAITING_BATCHES * job.batch_size
-        with ThreadPoolExecutor(job.threads) as pool:
-            loaded = ahead(pool, partial(self._load, predictor), enumerate(job.read(shard)), most)
+        with ThreadPoolExecutor(READS_AT_ONCE) as readers, ThreadPoolExecutor(job.threads) as decoders:
+            fetched = ahead(readers, self._fetch, job.read(shard), 2 * READS_AT_ONCE)
+            loaded = ahead(decoders, partial(self._load, predictor), enumerate(fetched), most)
             for group in by_canvas(_noted(loaded, found), job.batch_size, most):
                 self._detect(predictor, number, MicroBatch.joined(group), found)
                 yield pa.table({"images": [len(group)]})
@@ -114,10 +121,18 @@ class ShardPredictor:
         job.output.write_shard(number, *self._tables(predictor, found))
         yield pa.table({"images": [len(found.ids) - told]})
 
-    def _load(self, predictor: Predictor, numbered: tuple[int, InputImage]) -> _Loaded:
-        place, image = numbered
+    def _fetch(self, image: InputImage) -> _Fetched:
         try:
-            return _Loaded(image, predictor.prepare(image.read(self._job.max_bytes), place), None)
+            return image, image.read(self._job.max_bytes)
+        except UserError as error:
+            return image, error
+
+    def _load(self, predictor: Predictor, numbered: tuple[int, _Fetched]) -> _Loaded:
+        place, (image, content) = numbered
+        try:
+            if isinstance(content, UserError):
+                raise content
+            return _Loaded(image, predictor.prepare(content, place), None)
         except UserError as error:
             if self._job.skip_bad:
                 return _Loaded(image, None, _why(error))

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import ray_det
+from ray_det.ahead import ahead
 from ray_det.predict import shards
-from ray_det.predict.flow import ahead, by_canvas
+from ray_det.predict.flow import by_canvas
 from ray_det.predict.inputs import Inputs
 from ray_det.predict.output import DETECTIONS, IMAGES, Output
 from ray_det.predict.parquet_inputs import read_inputs
@@ -22,6 +23,7 @@ from ray_det.predict.predictor import open_checkpoint
 from ray_det.predict.shards import ShardJob, ShardPredictor, fingerprint
 from ray_det.storage import Folder
 from ray_det.types import UserError
+from tests.far import far_away
 from tests.predict.conftest import CLASSES, write_checkpoint
 from tests.predict.test_inputs import names
 
@@ -181,3 +183,11 @@ def test_from_an_object_store_to_an_object_store(job, photos):
             assert output.write_skipped(3).unreadable == 2
         assert there.folder.read_text("detections.json") == here.folder.read_text("detections.json")
         assert (there.folder / "pictures").names() == ["2.jpg"]
+
+
+def test_many_files_of_an_object_store_are_read_at_once(job, small_coco, s3, monkeypatch):
+    Folder.at("s3://bucket/far_photos").upload(small_coco["train"].parent / "images")
+    inputs = read_inputs("s3://bucket/far_photos", None, None, "/none")
+    with far_away(s3, monkeypatch, 0.1) as storage:
+        run(replace(job, read=inputs.read), inputs)
+    assert storage.most_at_once >= 8
