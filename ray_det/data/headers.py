@@ -60,8 +60,11 @@ def scan(
 def read_headers(chunk: HeaderChunk, limits: ImageLimits = DEFAULT_LIMITS) -> list[Header]:
     """Open the header of every file of a chunk; never raises for what a file holds."""
     root, names = chunk
+    places = [paths.join(root, name) for name in names]
+    if not paths.has_scheme(root):
+        return [_read_header(root, place, limits) for place in places]  # threads would wait for the interpreter alone
     with ThreadPoolExecutor(files.READS_AT_ONCE) as pool:
-        return list(pool.map(lambda name: _read_header(root, paths.join(root, name), limits), names))
+        return list(pool.map(lambda place: _read_header(root, place, limits), places))
 
 
 def _read_header(root: str, path: str, limits: ImageLimits) -> Header:
