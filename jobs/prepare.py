@@ -43,9 +43,9 @@ class PrepareConfig(Section):
 
 def map_chunks(function: Callable[[HeaderChunk], list[Header]], chunks: list[HeaderChunk]) -> list[list[Header]]:
     from ray_det.cluster import start_ray  # Ray takes seconds to import; --help and a wrong JSON should not
-    from ray_det.data import pipeline
+    from ray_det.data import ray_map
 
-    return pipeline.map_chunks(function, chunks, connect=partial(start_ray, WorkersConfig()))
+    return ray_map.map_chunks(function, chunks, connect=partial(start_ray, WorkersConfig()))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 from ray_det.bench.alone import open_alone
 from ray_det.bench.measure import Arm, Bench, Figure, compare
 from ray_det.config import ModelConfig, TrainJobConfig
-from ray_det.data.collate import Shard, load
+from ray_det.data.collate import load
 from ray_det.data.headers import map_in_threads
 from ray_det.train.session import Session
 from ray_det.train.start import begin
@@ -99,7 +99,4 @@ def _prepared(config: Config, storage: Path) -> tuple[Session, list[MicroBatch]]
     session = open_alone(
         job, config.threads, lambda work: iter(load(work)), commit=lambda staged, name: keep(job.run, staged, name)
     )
-    plan = session.plan(0)
-    assignment = plan.assign(0, 1).slice(0, 4)
-    work = Shard(job.manifests["train"], assignment, session.load_spec(training=True))
-    return session, load(work)
+    return session, load(session.work.epoch(0).shard, 0, 4)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cv2
 import numpy as np
@@ -30,6 +30,9 @@ from ray_det.data.manifest import Manifest
 from ray_det.data.plan import plan_epoch, resized, round_up
 from ray_det.data.prepare import prepare
 from ray_det.train.start import cache_folder
+
+if TYPE_CHECKING:
+    from ray_det.data.pipeline import Loaders
 
 LOADERS = 2
 
@@ -77,7 +80,7 @@ def _streams(config: Config, manifest: Manifest) -> Iterator[Figure]:
         for batch in config.batches:
             work = work_of(manifest, config, size, batch)
             ours = Arm("Loaders", partial(_rate, lambda w=work: loaders.stream(w)), settings)
-            first = Arm("Loaders", partial(_first, lambda w=work: loaders.stream(w)), settings)
+            first = Arm("Loaders", _turnover(loaders, work), settings)
             where = f"{size} px, batch {batch}"
             same = _torch_loader(_Planned(work), batch_size=None)
             peer = Arm("DataLoader, the same transforms", partial(_rate, lambda x=same: x), tuned)
@@ -98,14 +101,21 @@ def _rate(open_epoch: Callable[[], Iterable[Any]]) -> float:
     return sum(n for _, n in seen[start + 1 :]) / (seen[-1][0] - seen[start][0])
 
 
-def _first(open_epoch: Callable[[], Iterable[Any]]) -> float:
-    start = time.perf_counter()
-    batches = iter(open_epoch())
-    next(batches)
-    seconds = time.perf_counter() - start
-    for _ in batches:  # the next repetition starts with idle loaders
-        pass
-    return seconds
+def _turnover(loaders: Loaders, work: Shard) -> Callable[[], float]:
+    """Seconds from the last batch of an epoch, as if its step took no time, to the first of the next."""
+    batches = loaders.stream(work)
+
+    def once() -> float:
+        nonlocal batches
+        for _ in batches:
+            pass
+        start = time.perf_counter()
+        loaders.expect([work])  # as the training loop does ahead of an epoch's last step
+        batches = loaders.stream(work)
+        next(batches)
+        return time.perf_counter() - start
+
+    return once
 
 
 FIRST = """

@@ -90,7 +90,7 @@ def session(config: Config, scratch: Path) -> Iterator[tuple[Session, list[Micro
     job = begin(TrainJobConfig.model_validate(asked), time.time(), lambda text: None, map_in_threads)
     opened = open_alone(job, config.threads, stream)
     try:
-        train_steps(opened, opened.plan(0))  # loads the batches
+        train_steps(opened, opened.work.epoch(0))  # loads the batches
         yield opened, batches
     finally:
         if opened.tracker:
@@ -99,13 +99,13 @@ def session(config: Config, scratch: Path) -> Iterator[tuple[Session, list[Micro
 
 def _loop(config: Config, ours: Session, batches: list[MicroBatch]) -> Figure:
     """Everything that the loop does for a step against the least that trains."""
-    device, plan = ours.runtime.device, ours.plan(0)
+    device, epoch = ours.runtime.device, ours.work.epoch(0)
     detector, optimizer = fresh(ours)
     count = len(batches)
 
     def our_loop() -> None:
         ours.state = ours.state.next_epoch()
-        train_steps(ours, plan)
+        train_steps(ours, epoch)
 
     def bare_loop() -> None:
         for micro in batches:

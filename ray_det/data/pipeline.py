@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -21,13 +22,10 @@ import ray.data
 from ray.data._internal.datasource.range_datasource import RangeDatasource
 
 from ray_det.data.collate import Shard, from_table, load, to_table
-from ray_det.data.headers import Header, HeaderChunk, map_in_threads
+from ray_det.data.image import LoadSpec
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import Assignment
 from ray_det.types import MicroBatch
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 BLOCK_BATCHES = 8
 """Micro-batches that one task loads: fewer tasks, and one buffer for all of their pixels."""
@@ -40,9 +38,6 @@ EXECUTION_BLOCKS = 2048
 
 NODE_LABEL = "ray.io/node-id"
 
-RAY_FROM = 5000
-"""Files from which on headers are read by Ray Data tasks: below, starting Ray takes longer than reading them."""
-
 
 @ray.remote(num_cpus=1)
 def wake(after: Any) -> None:
@@ -53,6 +48,13 @@ def wake(after: Any) -> None:
     """
     importlib.import_module(load.__module__)
     importlib.import_module("ray.data")
+
+
+@ray.remote(num_cpus=1)
+def load_each(manifest: Manifest, part: Assignment, spec: LoadSpec) -> Iterator[pa.Table]:
+    """Micro-batches one by one, each there as soon as it is loaded."""
+    for i in range(len(part)):
+        yield to_table(load(Shard(manifest, part, spec), i, i + 1))
 
 
 def warm_up(cpus: float) -> None:
@@ -87,6 +89,14 @@ def _start_statistics() -> ray.ObjectRef | None:
     return get_or_create_stats_actor().__ray_ready__.remote()
 
 
+class _Expected(NamedTuple):
+    """Micro-batches that are loaded before they are asked for."""
+
+    work: Shard
+    first: int  # how many they are
+    tables: ray.ObjectRefGenerator
+
+
 class Loaders:
     """The loader tasks of one train worker.
 
@@ -100,6 +110,16 @@ class Loaders:
         self._shared = list(shared)
         self._key = uuid4().hex[:8]
         self._running: set[int] = set()
+        self._expected: list[_Expected] = []
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        """Begin to load the first micro-batches of what `stream` will be given next, instead of what was expected."""
+        task = load_each.options(num_returns="streaming", scheduling_strategy="DEFAULT", **near())
+        self._expected = []
+        for work in shards:
+            first = work.assignment.slice(0, _room(_areas(work.assignment)[:BLOCK_BATCHES]))
+            tables = task.remote(self._put(work.manifest), first, work.spec)
+            self._expected.append(_Expected(work, len(first), tables))
 
     def stream(self, work: Shard) -> Iterator[MicroBatch]:
         """Load a shard's micro-batches and yield them in order.
@@ -108,15 +128,36 @@ class Loaders:
             RuntimeError: a micro-batch came out of turn.
             UserError: wrapped in Ray's own error, what `collate.load` raised in a task.
         """
-        blocks, turn = _blocks(work.assignment), 0
-        for first in range(0, len(blocks), EXECUTION_BLOCKS):
-            with self._name() as name:
-                for batch in self._execute(work, blocks[first : first + EXECUTION_BLOCKS], name):
-                    _check_turn(batch, work.assignment.keys[turn])
-                    turn += 1
-                    yield batch
+        turn = 0
+        for batch in self._batches(work):
+            _check_turn(batch, work.assignment.keys[turn])
+            turn += 1
+            yield batch
         if turn != len(work.assignment):
             raise RuntimeError(f"the loader gave {turn} of {len(work.assignment)} planned micro-batches")
+
+    def _batches(self, work: Shard) -> Iterator[MicroBatch]:
+        expected = next((one for one in self._expected if one.work is work), None)
+        if expected is None:
+            yield from self._executions(work, 0)
+            return
+        self._expected = [one for one in self._expected if one is not expected]
+        others = self._executions(work, expected.first)
+        with ThreadPoolExecutor(1) as pool:
+            following = pool.submit(next, others, None)  # begins while those that were expected are used
+            for table in expected.tables:
+                yield from from_table(ray.get(table))
+            batch = following.result()
+        if batch is not None:
+            yield batch
+            yield from others
+
+    def _executions(self, work: Shard, start: int) -> Iterator[MicroBatch]:
+        """The micro-batches from `start` on."""
+        blocks = _blocks(work.assignment.slice(start, len(work.assignment)))
+        for first in range(0, len(blocks), EXECUTION_BLOCKS):
+            with self._name() as name:
+                yield from self._execute(work, blocks[first : first + EXECUTION_BLOCKS], name)
 
     @contextmanager
     def _name(self) -> Iterator[str]:
@@ -179,44 +220,20 @@ def _check_turn(batch: MicroBatch, key: np.ndarray) -> None:
 
 def _blocks(assignment: Assignment) -> list[Assignment]:
     """Its parts, each of a task: small at first, so that the first step does not wait."""
-    areas = np.diff(assignment.offsets) * assignment.canvas.prod(axis=1, dtype=np.int64) * 3
+    areas = _areas(assignment)
     blocks, start, most = [], 0, 1
     while start < len(assignment):
-        room = int(np.searchsorted(np.cumsum(areas[start : start + most]), BLOCK_BYTES, side="right"))
-        stop = min(start + max(1, room), len(assignment))
+        stop = start + _room(areas[start : start + most])
         blocks.append(assignment.slice(start, stop))
         start, most = stop, min(2 * most, BLOCK_BATCHES)
     return blocks
 
 
-def map_chunks(
-    function: Callable[[HeaderChunk], list[Header]],
-    chunks: list[HeaderChunk],
-    *,
-    connect: Callable[[], object],
-) -> list[list[Header]]:
-    """The preflight's parallel map: threads for a few files, Ray Data tasks for many, results in order.
-
-    Args:
-        connect: called before Ray is used; starts it where that is still to be done.
-    """
-    if sum(len(names) for _, names in chunks) < RAY_FROM:
-        return map_in_threads(function, chunks)
-    connect()
-    return ray_map_chunks(function, chunks)
+def _areas(assignment: Assignment) -> np.ndarray:
+    """int64 bytes of the pixels of each micro-batch."""
+    return np.diff(assignment.offsets) * assignment.canvas.prod(axis=1, dtype=np.int64) * 3
 
 
-def ray_map_chunks(function: Callable[[T], R], chunks: list[T]) -> list[R]:
-    """`list(map(function, chunks))` as Ray Data tasks, results in order."""
-    reference = ray.put(chunks)
-    configure(ray.data.DataContext.get_current())
-
-    def run(block: Any) -> dict[str, np.ndarray]:
-        inputs = ray.get(reference)
-        results = np.empty(len(block["id"]), object)
-        results[:] = [function(inputs[i]) for i in block["id"]]
-        return {"id": block["id"], "result": results}
-
-    dataset = ray.data.range(len(chunks), override_num_blocks=len(chunks)).map_batches(run, batch_size=None)
-    rows = {int(row["id"]): row["result"] for row in dataset.iter_rows()}
-    return [rows[i] for i in range(len(chunks))]
+def _room(areas: np.ndarray) -> int:
+    """How many of these, from the first on, a block may hold; one at least where there is any."""
+    return min(len(areas), max(1, int(np.searchsorted(np.cumsum(areas), BLOCK_BYTES, side="right"))))

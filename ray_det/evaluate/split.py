@@ -1,11 +1,8 @@
-"""One rank's part of an evaluation: which images, in which batches, to detections."""
+"""Which images an evaluation is of: each rank's part of them in batches, and the scoring of all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
-import torch
 
 from ray_det.config import DatasetConfig, Scorer
 from ray_det.data.collate import Shard
@@ -14,13 +11,7 @@ from ray_det.data.manifest import Manifest
 from ray_det.data.plan import plan_evaluation
 from ray_det.evaluate.coco_eval import coco_metrics
 from ray_det.evaluate.gather import require_each_once
-from ray_det.evaluate.inference import Inferred, infer
 from ray_det.evaluate.results import Results
-from ray_det.models.detector import Detector
-from ray_det.types import MicroBatch
-
-Stream = Callable[[Shard], Iterator[MicroBatch]]
-"""Loads a shard's micro-batches, in order."""
 
 
 def readable_rows(manifest: Manifest) -> np.ndarray:
@@ -28,20 +19,10 @@ def readable_rows(manifest: Manifest) -> np.ndarray:
     return np.flatnonzero(manifest.table["readable"].to_numpy())
 
 
-def infer_split(
-    detector: Detector,
-    manifest: Manifest,
-    data: DatasetConfig,
-    stream: Stream,
-    device: torch.device,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    bf16: bool = False,
-    with_loss: bool = False,
-) -> Iterator[Inferred]:
-    """Run the detector over rank `rank`'s share of a manifest's readable images, each exactly once over all ranks."""
+def evaluation_shard(
+    manifest: Manifest, data: DatasetConfig, *, batch_size: int, divisor: int, rank: int = 0, world: int = 1
+) -> Shard:
+    """Rank `rank`'s share of a manifest's readable images, each exactly once over all ranks."""
     rows, table = readable_rows(manifest), manifest.table
     plan = plan_evaluation(
         table["height"].to_numpy()[rows],
@@ -49,14 +30,13 @@ def infer_split(
         rows,
         data,
         batch_size=batch_size,
-        divisor=detector.size_divisor,
+        divisor=divisor,
         rank=rank,
         world=world,
     )
     skip_bad = data.on_bad_image == "skip"
     spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad, scaled_decode=data.scaled_decode)
-    batches = stream(Shard(manifest, plan, spec))
-    yield from infer(detector, batches, device, bf16=bf16, with_loss=with_loss)
+    return Shard(manifest, plan, spec)
 
 
 def score(manifest: Manifest, results: Results, scorer: Scorer) -> dict[str, float]:

@@ -23,8 +23,9 @@ from ray_det.data.pipeline import Loaders, warm_up
 from ray_det.evaluate.detections_file import FILE as COLUMNS
 from ray_det.evaluate.detections_file import in_order_of_images, read_detections, write_detections
 from ray_det.evaluate.gather import gather_lists, require_each_once
+from ray_det.evaluate.inference import infer
 from ray_det.evaluate.results import Results
-from ray_det.evaluate.split import infer_split, readable_rows
+from ray_det.evaluate.split import evaluation_shard, readable_rows
 from ray_det.predict.output import COCO
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
@@ -86,17 +87,11 @@ def _worker(config: dict[str, Any]) -> None:
     data = run.data.model_copy(update={"on_bad_image": job.on_bad_image or run.data.on_bad_image})
     detections: list[Detections] = []
     skipped: list[Skipped] = []
-    for inferred in infer_split(
-        checkpoint.build(device),
-        job.manifest,
-        data,
-        Loaders(room.loader_cpus).stream,
-        device,
-        batch_size=job.batch_size or run.eval.batch_size or cast(int, run.train.micro_batch_size),
-        rank=rank,
-        world=world,
-        bf16=use_bf16(run.train.precision, device),
-    ):
+    detector = checkpoint.build(device)
+    size = job.batch_size or run.eval.batch_size or cast(int, run.train.micro_batch_size)
+    shard = evaluation_shard(job.manifest, data, batch_size=size, divisor=detector.size_divisor, rank=rank, world=world)
+    batches = Loaders(room.loader_cpus).stream(shard)
+    for inferred in infer(detector, batches, device, bf16=use_bf16(run.train.precision, device)):
         detections += inferred.detections
         skipped += skipped_in([inferred.batch])
     group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world > 1 else None

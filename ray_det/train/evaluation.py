@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -10,22 +10,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ray_det.config import TrainJobConfig, micro_batches
+from ray_det.config import TrainJobConfig
+from ray_det.data.collate import Shard
 from ray_det.data.manifest import Manifest
 from ray_det.evaluate.analysis_files import write_analysis
 from ray_det.evaluate.detections_file import FILE, in_order_of_images, write_detections
 from ray_det.evaluate.gather import from_main, gather_lists
-from ray_det.evaluate.inference import Inferred
+from ray_det.evaluate.inference import Inferred, infer
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.shown import picture_of
-from ray_det.evaluate.split import Stream, infer_split, readable_rows, score
+from ray_det.evaluate.split import readable_rows, score
 from ray_det.models.detector import Detector
 from ray_det.report.pictures import Picture
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import Session
 from ray_det.train.skipped import Skipped, note_in_evaluation, skipped_in
 from ray_det.train.step import sync_buffers, use_bf16
-from ray_det.types import UserError
+from ray_det.train.work import run_evaluation
+from ray_det.types import MicroBatch, UserError
+
+Stream = Callable[[Shard], Iterator[MicroBatch]]
+"""Loads a shard's micro-batches, in order."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,9 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0, analysed:
     runtime, manifest = session.runtime, session.job.manifests[split]
     session.at("evaluation")
     sync_buffers(session.evaluated)
-    part = infer_part(
-        session.evaluated,
-        manifest,
-        session.config,
-        runtime.stream,
-        runtime.device,
-        lambda: session.at("evaluation"),
-        rank=runtime.rank,
-        world=runtime.world,
-        pictures=pictures,
-    )
+    work = session.work.validation if split == "val" else session.work.evaluation(split)
+    alive = lambda: session.at("evaluation")  # noqa: E731
+    part = infer_part(session.evaluated, work, session.config, runtime.stream, runtime.device, alive, pictures)
     session.at("gathering and scoring of detections")
     note_in_evaluation(session, split, part.skipped, session.state.global_step)
     parts = gather_lists([part], runtime.group)
@@ -102,21 +99,19 @@ def evaluate_checkpoint(
     except UserError:
         return None
     detector = checkpoint.build(device)
-    part = infer_part(detector, manifest, config, stream, device, alive, pictures=config.eval.pictures)
+    work = run_evaluation(manifest, config, detector.size_divisor)
+    part = infer_part(detector, work, config, stream, device, alive, config.eval.pictures)
     return join([part], manifest, config)
 
 
 def infer_part(
     detector: Detector,
-    manifest: Manifest,
+    work: Shard,
     config: TrainJobConfig,
     stream: Stream,
     device: torch.device,
     alive: Callable[[], None],
-    *,
-    rank: int = 0,
-    world: int = 1,
-    pictures: int = 0,
+    pictures: int,
 ) -> Part:
     """A rank's part of a split.
 
@@ -124,20 +119,9 @@ def infer_part(
         alive: called after every batch.
         pictures: how many images of the whole split are drawn.
     """
-    shown = _shown(manifest, pictures)
+    shown, bf16 = _shown(work.manifest, pictures), use_bf16(config.train.precision, device)
     detections, losses, drawn, skipped = [], [], [], []
-    for inferred in infer_split(
-        detector,
-        manifest,
-        config.data,
-        stream,
-        device,
-        batch_size=config.eval.batch_size or micro_batches(config.train, config.workers.most)[1],
-        rank=rank,
-        world=world,
-        bf16=use_bf16(config.train.precision, device),
-        with_loss=True,
-    ):
+    for inferred in infer(detector, stream(work), device, bf16=bf16, with_loss=True):
         alive()
         detections += inferred.detections
         losses.append((inferred.batch.step, (inferred.loss or 0.0) * len(inferred.detections)))

@@ -62,7 +62,7 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
 
 def _map_headers(config: TrainJobConfig, function: Callable[..., Any], chunks: list[HeaderChunk]) -> list[Any]:
     """The preflight's parallel map: on the cluster where there is much to read."""
-    from ray_det.data.pipeline import map_chunks
+    from ray_det.data.ray_map import map_chunks
 
     return map_chunks(function, chunks, connect=partial(start_ray, config.workers, config.validators))
 

@@ -19,7 +19,6 @@ from typing import NoReturn
 
 from torch.profiler import record_function
 
-from ray_det.data.collate import Shard
 from ray_det.data.plan import EpochPlan
 from ray_det.train.finish import finish
 from ray_det.train.job import Job
@@ -30,7 +29,8 @@ from ray_det.train.records import announce, log_step
 from ray_det.train.session import Runtime, Session
 from ray_det.train.skipped import note_in_training
 from ray_det.train.step import StepResult, train_step
-from ray_det.train.validation import collect, end_epoch, validate_in_background
+from ray_det.train.validation import collect, end_epoch, validate_in_background, validated
+from ray_det.train.work import Epoch
 from ray_det.types import MicroBatch, Preempted, Stopped, TrainingError
 
 
@@ -85,28 +85,25 @@ def _run(session: Session) -> None:
 def _train_epoch(session: Session) -> None:
     """The rest of the current epoch; ends with a checkpoint from which validation goes on."""
     session.at("plan")
-    plan = session.plan(session.state.epoch)
+    epoch = session.upcoming or session.work.epoch(session.state.epoch, session.state.step)
+    session.upcoming = None
     if session.state.step == 0:
-        announce(session, plan)
-    train_steps(session, plan)
+        announce(session, epoch.plan)
+    train_steps(session, epoch)
     session.save(phase="validate")
 
 
-def train_steps(session: Session, plan: EpochPlan) -> None:
+def train_steps(session: Session, epoch: Epoch) -> None:
     """The steps of an epoch that are left, each logged."""
-    runtime, config = session.runtime, session.config
+    runtime, config, plan = session.runtime, session.config, epoch.plan
     own = plan.micro_batches_of(runtime.rank, runtime.world)
-    work = Shard(
-        session.job.manifests["train"],
-        plan.assign(runtime.rank, runtime.world, session.state.step),
-        session.load_spec(training=True),
-    )
-    batches = runtime.stream(work)
+    batches = runtime.stream(epoch.shard)
     mark = time.perf_counter()
     with _profiled(session, plan.steps - session.state.step) as stepped:
         for step in range(session.state.step, plan.steps):
             if step + 1 == plan.steps:
                 collect(session)
+                _look_ahead(session)
                 mark = time.perf_counter()
             session.at("data")
             with record_function("data wait"):
@@ -133,6 +130,17 @@ def train_steps(session: Session, plan: EpochPlan) -> None:
                 mark = time.perf_counter()
     if next(batches, None) is not None:
         raise RuntimeError("the loader has more micro-batches than the plan")
+
+
+def _look_ahead(session: Session) -> None:
+    """Plan what follows the epoch's steps, and have it begin to be loaded."""
+    following = session.state.epoch + 1
+    expected = [session.work.validation] if validated(session) == "here" else []
+    if following < session.config.train.epochs:
+        session.at("plan")
+        session.upcoming = session.work.epoch(following)
+        expected.append(session.upcoming.shard)
+    session.runtime.expect(expected)
 
 
 def _step(session: Session, micro: list[MicroBatch], rate: float) -> StepResult:

@@ -18,6 +18,7 @@ from ray_det.train.optim import build_optimizer
 from ray_det.train.session import Runtime, Session
 from ray_det.train.step import make_deterministic, use_bf16, wrap_ddp
 from ray_det.train.tensors import NormStatistics
+from ray_det.train.work import Work
 from ray_det.types import UserError
 
 
@@ -52,7 +53,8 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         runtime.publish({"global_step": state.global_step})
     bf16 = use_bf16(config.train.precision, runtime.device)
     model, norms = wrap_ddp(detector, runtime.device), NormStatistics(detector)
-    return Session(job, runtime, detector, model, optimizer, ema, norms, bf16, state, tracker)
+    work = Work(job, runtime.rank, runtime.world, detector.size_divisor)
+    return Session(job, runtime, work, detector, model, optimizer, ema, norms, bf16, state, tracker)
 
 
 def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Detector:

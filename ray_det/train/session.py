@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,6 @@ from torch import nn
 
 from ray_det.config import TrainJobConfig, micro_batches
 from ray_det.data.collate import Shard
-from ray_det.data.image import LoadSpec
-from ray_det.data.plan import EpochPlan, plan_epoch
-from ray_det.data.sampling import Sampler, sampler_of
 from ray_det.models.detector import Detector
 from ray_det.report.tracker import Tracker
 from ray_det.retry import patiently, reason
@@ -36,6 +32,7 @@ from ray_det.train.snapshot import HostMemory, Snapshot, write_evaluated
 from ray_det.train.step import Asked
 from ray_det.train.store import name_of
 from ray_det.train.tensors import NormStatistics
+from ray_det.train.work import Epoch, Work
 from ray_det.train.writer import Writer
 from ray_det.types import MicroBatch
 
@@ -66,6 +63,8 @@ class Runtime:
     publish: Callable[[Mapping[str, Any]], None]  # numbers of this rank, for whoever watches from afar
     folder: Path  # local; on rank 0 it holds metrics.jsonl, the report and staged checkpoints
     kept: Callable[[str], AbstractContextManager[Path]]  # local folder of a checkpoint that was committed
+    expect: Callable[[Sequence[Shard]], None] = lambda shards: None
+    """Begins to load what will be streamed next."""
     validate: Callable[[str], Future[Evaluated | None]] | None = None
     """Evaluates a committed checkpoint on val, elsewhere; None: the checkpoint is broken."""
 
@@ -90,6 +89,7 @@ class Session:
 
     job: Job
     runtime: Runtime
+    work: Work
     detector: Detector
     model: nn.Module  # the detector, in DDP where there are several ranks
     optimizer: torch.optim.Optimizer
@@ -101,6 +101,7 @@ class Session:
     clock: Clock = field(default_factory=Clock)
     writer: Writer = field(default_factory=Writer)  # rank 0's has work
     memory: HostMemory = field(default_factory=HostMemory)  # for what is being written
+    upcoming: Epoch | None = None  # the next one, once it begins to be loaded
     saves: int = 0  # checkpoints that it kept
     validation: Future[Evaluated | None] | None = None  # rank 0's, of `state.validating`
     profile: dict[str, float] | None = None  # milliseconds per step by phase, until logged; None: not yet profiled
@@ -113,28 +114,6 @@ class Session:
     @property
     def config(self) -> TrainJobConfig:
         return self.job.config
-
-    def plan(self, epoch: int) -> EpochPlan:
-        manifest = self.job.manifests["train"]
-        rows = manifest.trainable_rows()
-        number, size = self.micro_batches
-        return plan_epoch(
-            manifest.table["height"].to_numpy()[rows],
-            manifest.table["width"].to_numpy()[rows],
-            rows,
-            self.config.data,
-            micro_batches=number,
-            micro_batch_size=size,
-            divisor=self.detector.size_divisor,
-            seed=self.config.seed,
-            epoch=epoch,
-            sampler=self._sampler,
-        )
-
-    @cached_property
-    def _sampler(self) -> Sampler | None:
-        manifest = self.job.manifests["train"]
-        return sampler_of(manifest.table, manifest.trainable_rows(), self.config.data)
 
     @property
     def micro_batches(self) -> tuple[int, int]:
@@ -149,19 +128,6 @@ class Session:
 
     def at(self, phase: str) -> None:
         self.runtime.at(phase, self.state.global_step, self.state.epoch)
-
-    def load_spec(self, *, training: bool) -> LoadSpec:
-        data, config = self.config.data, self.config
-        return LoadSpec(
-            data.resize,
-            data.padding,
-            config.seed,
-            config.augment.at(self.state.epoch, config.train.epochs) if training else None,
-            data.limits,
-            skip_bad=data.on_bad_image == "skip",
-            patience_s=config.workers.storage_timeout_s,
-            scaled_decode=data.scaled_decode,
-        )
 
     def save(self, *, wait: bool = False, **changes: Any) -> None:
         """Change the state and keep a checkpoint of it; all ranks call it.

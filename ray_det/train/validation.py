@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from ray_det.evaluate.gather import from_main
 from ray_det.train.evaluation import evaluate_split
@@ -25,23 +26,30 @@ LOOK_S = 0.2
 """Seconds between looks whether a validation in the background has ended."""
 
 
+def validated(session: Session) -> Literal["nowhere", "here", "in the background"]:
+    """Where the current epoch is to be validated."""
+    done, config = session.state.epoch + 1, session.config
+    last = done == config.train.epochs
+    if "val" not in session.job.manifests or not (last or done % config.eval.every_epochs == 0):
+        return "nowhere"
+    return "in the background" if config.eval.background and not last else "here"
+
+
 def end_epoch(session: Session) -> None:
     """Validate, or begin to, and go to the next epoch; all ranks call it."""
-    state, config = session.state, session.config
-    done, record = state.epoch + 1, _record(session)
-    last, has_val = done == config.train.epochs, "val" in session.job.manifests
-    if not has_val or not (last or done % config.eval.every_epochs == 0):
-        _log(session, record, None, session.save_best)
-        if last and not has_val:
-            session.save_best()
-    elif config.eval.background and not last:
-        sync_buffers(session.evaluated)  # as every validation does
-        session.state = replace(state, validating=record)
-        validate_in_background(session)
-    else:
+    config, record, where = session.config, _record(session), validated(session)
+    if where == "here":
         notify(session, "validating")
         metrics = evaluate_split(session, "val", pictures=config.eval.pictures)
         _log(session, record, metrics, session.save_best)
+    elif where == "in the background":
+        sync_buffers(session.evaluated)  # as every validation does
+        session.state = replace(session.state, validating=record)
+        validate_in_background(session)
+    else:
+        _log(session, record, None, session.save_best)
+        if session.state.epoch + 1 == config.train.epochs:  # there is no val
+            session.save_best()
     session.state = session.state.next_epoch()
 
 

@@ -90,6 +90,7 @@ def _train(payload: Payload) -> None:
             group=group,
             threads=payload.room.threads,
             stream=loaders.stream,
+            expect=loaders.expect,
             newest=partial(_newest, run, rank, group),
             commit=partial(_commit, payload, folder, gauges.publish),
             notify=line.notify,

@@ -16,7 +16,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from ray_det.config import TrainJobConfig, changed_keys
 from ray_det.data.manifest import Manifest
-from ray_det.data.pipeline import map_chunks
+from ray_det.data.ray_map import map_chunks
 from ray_det.report.sweep_trial import SweepTrial
 from ray_det.storage import Folder
 from ray_det.train.launch import POLL_S, STOP_GRACE_S, signals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def shard_of(folder: str, packed: str | None = None) -> Shard:
     manifest = pack(manifest, packed, 1 << 30) if packed else manifest
     rows = manifest.trainable_rows()
     h, w = (manifest.table[name].to_numpy()[rows] for name in ("height", "width"))
-    shape = {"micro_batches": 2, "micro_batch_size": 4, "divisor": 32, "seed": 5, "epoch": 0}
+    shape: dict[str, Any] = {"micro_batches": 2, "micro_batch_size": 4, "divisor": 32, "seed": 5, "epoch": 0}
     plan = plan_epoch(h, w, rows, DatasetConfig(image_size=96), **shape)
     augment = AugmentConfig(mosaic=0.3, mixup=0.2)
     return Shard(manifest, plan.assign(0, 1), LoadSpec("longest", "mean", seed=5, augment=augment))

@@ -1,8 +1,10 @@
 """The Ray Data pipeline gives exactly what a plain call gives, in order."""
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ import pytest
 from ray_det.config import DatasetConfig
 from ray_det.data import collate
 from ray_det.data.collate import LoadSpec, Shard
+from ray_det.data.manifest import Manifest
 from ray_det.data.plan import Assignment, plan_epoch
 from ray_det.data.prepare import make
 from ray_det.types import UserError
@@ -19,6 +22,12 @@ from tests.data.test_collate import TRAIN, manifest, plan_of, same  # noqa: F401
 from tests.ranks import ROOT
 
 pytestmark = pytest.mark.ray
+
+
+def gone(manifest: Manifest) -> Manifest:  # noqa: F811
+    """All of its images are."""
+    names = manifest.table["uri"].to_pylist()
+    return replace(manifest, table=manifest.table.set_column(1, "uri", [[f"gone/{n}" for n in names]]))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -30,6 +39,57 @@ def test_stream_is_load_in_order(manifest):  # noqa: F811
     for one, other in zip(streamed, collate.load(work), strict=True):
         same(one, other)
     assert [b.step for b in streamed] == list(range(len(streamed)))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("most", [2, 100])  # micro-batches that are loaded before; an epoch has fewer than 100
+def test_what_was_expected_is_load_in_order_too(manifest, monkeypatch, most):  # noqa: F811
+    from ray_det.data import pipeline
+
+    monkeypatch.setattr(pipeline, "BLOCK_BATCHES", most)
+    shards = [Shard(manifest, plan_of(manifest, epoch).assign(0, 2), TRAIN) for epoch in range(4)]
+    loaders = pipeline.Loaders(2)
+    # Not all of it is asked for, and what is, in any order.
+    for others in (
+        [shards[0]],
+        shards[:2],
+        [shards[3]],
+        [shards[2], shards[0]],
+    ):
+        loaders.expect(others)
+        assert len(loaders._expected) == len(others)
+        for work in (others[-1], shards[1]):
+            for one, other in zip(loaders.stream(work), collate.load(work), strict=True):
+                same(one, other)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_was_expected_is_loaded_before_it_is_asked_for(small_coco, tmp_path):
+    import ray
+
+    from ray_det.data.pipeline import BLOCK_BATCHES, Loaders
+
+    folder = tmp_path / "coco"
+    shutil.copytree(small_coco["train"].parent, folder)
+    images = make(str(folder / "train.json"), None)[0]
+    loaders, work = Loaders(2), Shard(images, plan_of(images).assign(0, 1), TRAIN)
+    before = collate.load(work)
+    assert len(before) <= BLOCK_BATCHES
+    loaders.expect([work])
+    ray.get(loaders._expected[0].tables.completed(), timeout=60)
+    shutil.rmtree(folder)
+    for one, other in zip(loaders.stream(work), before, strict=True):
+        same(one, other)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_broken_image_that_was_expected_names_itself(manifest):  # noqa: F811
+    from ray_det.data.pipeline import Loaders
+
+    loaders, work = Loaders(2), Shard(gone(manifest), plan_of(manifest).assign(0, 1), TRAIN)
+    loaders.expect([work])
+    with pytest.raises(UserError, match="gone/"):
+        list(loaders.stream(work))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -105,20 +165,16 @@ def test_blocks_are_small_at_first_and_bounded():
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_broken_image_names_itself(manifest, small_coco):  # noqa: F811
-    from dataclasses import replace
-
+def test_a_broken_image_names_itself(manifest):  # noqa: F811
     from ray_det.data.pipeline import Loaders
 
-    names = manifest.table["uri"].to_pylist()
-    broken = replace(manifest, table=manifest.table.set_column(1, "uri", [[f"gone/{n}" for n in names]]))
     with pytest.raises(UserError, match="gone/"):
-        list(Loaders(2).stream(collate.Shard(broken, plan_of(manifest).assign(0, 1), TRAIN)))
+        list(Loaders(2).stream(Shard(gone(manifest), plan_of(manifest).assign(0, 1), TRAIN)))
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_map_chunks_keeps_the_order():
-    from ray_det.data.pipeline import ray_map_chunks
+    from ray_det.data.ray_map import ray_map_chunks
 
     assert ray_map_chunks(lambda chunk: int(np.sum(chunk)), [[1, 2], [3], [4, 5]]) == [3, 3, 9]
 

@@ -71,15 +71,15 @@ def test_wrong_input_is_one_line_and_status_2(source: Path, arguments: list[str]
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_large_data_sets_are_read_by_ray_with_the_same_result(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray_det.data import headers, pipeline
+    from ray_det.data import headers, ray_map
 
     spec = importlib.util.spec_from_file_location("job_prepare", JOB)
     assert spec is not None and spec.loader is not None
     job = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(job)
     monkeypatch.setattr(headers, "CHUNK_FILES", 2)
-    monkeypatch.setattr(pipeline, "RAY_FROM", 6)
-    monkeypatch.delattr(pipeline, "map_in_threads")
+    monkeypatch.setattr(ray_map, "RAY_FROM", 6)
+    monkeypatch.delattr(ray_map, "map_in_threads")
     manifest, report = make(str(source), None, job.map_chunks)
     expected, expected_report = make(str(source), None)
     assert (manifest.hash, report) == (expected.hash, expected_report)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ray_det.bench.alone import open_alone
 from ray_det.config import TrainJobConfig
-from ray_det.data.collate import load
+from ray_det.data.collate import Shard, load
 from ray_det.data.headers import map_in_threads
 from ray_det.data.plan import resized, round_up
+from ray_det.train import loop
 from ray_det.train.session import Session
 from ray_det.train.start import begin
+from ray_det.train.validation import end_epoch
+from ray_det.types import MicroBatch
 from tests.models.zoo import FAMILIES
 
 
@@ -42,7 +47,7 @@ def session(small_coco: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 
 def test_canvases_are_those_of_the_images_that_are_on_them(session):
     """Also where images before them are not trained on."""
-    table, plan = session.job.manifests["train"].table, session.plan(0)
+    table, plan = session.job.manifests["train"].table, session.work.plan(0)
     assert not table["trainable"][0].as_py() and set(np.unique(plan.rows_SMB)) == set(np.delete(np.arange(16), [0, 3]))
     for rows, canvas in zip(plan.rows_SMB.reshape(plan.steps, -1), plan.canvas_S2, strict=True):
         heights, widths = (table[name].to_numpy()[rows] for name in ("height", "width"))
@@ -51,20 +56,53 @@ def test_canvases_are_those_of_the_images_that_are_on_them(session):
 
 
 def test_the_configured_sampling_is_the_plans(session):
-    images = session._sampler.images
-    assert len(session._sampler.factors_N) == 14 < images - 4 and session._sampler is session._sampler
-    assert {session.plan(epoch).steps for epoch in range(5)} == {-(-images // 4)}
+    work = session.work
+    images = work._sampler.images
+    assert len(work._sampler.factors_N) == 14 < images - 4 and work._sampler is work._sampler
+    assert {work.plan(epoch).steps for epoch in range(5)} == {-(-images // 4)}
 
 
 def test_the_last_epochs_are_loaded_without_composing(session):
-    state = session.state
-    try:
-        for epoch in range(8):
-            session.state = replace(state, epoch=epoch)
-            spec = session.load_spec(training=True)
-            assert spec.augment is not None and spec.augment.flip == 0.5
-            shares = [getattr(spec.augment, name) for name in ("mosaic", "mixup", "copy_paste", "iou_crop")]
-            assert shares == ([0.5, 0.2, 0.1, 0.3] if epoch < 5 else [0, 0, 0, 0])
-            assert session.load_spec(training=False).augment is None
-    finally:
-        session.state = state
+    for epoch in range(8):
+        spec = session.work.epoch(epoch).shard.spec
+        assert spec.augment is not None and spec.augment.flip == 0.5
+        shares = [getattr(spec.augment, name) for name in ("mosaic", "mixup", "copy_paste", "iou_crop")]
+        assert shares == ([0.5, 0.2, 0.1, 0.3] if epoch < 5 else [0, 0, 0, 0])
+    assert session.work.evaluation("train").spec.augment is None
+
+
+def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(small_coco, tmp_path):
+    """The very shards that are streamed then: the validation, where there is one, and the next epoch."""
+    config = TrainJobConfig.model_validate(
+        {
+            "storage": str(tmp_path),
+            "data": {"train": str(small_coco["train"]), "val": str(small_coco["val"]), "image_size": 64},
+            "model": FAMILIES["fcos"].model_dump(),
+            "train": {"epochs": 3, "global_batch_size": 4},
+            "eval": {"every_epochs": 2},
+            "wandb": {"mode": "disabled"},
+        }
+    )
+    session = open_alone(begin(config, 0.0, lambda text: None, map_in_threads), 1, lambda shard: iter(()))
+    events: list[tuple[str, Any]] = []
+
+    def stream(shard: Shard) -> Iterator[MicroBatch]:
+        events.append(("stream", shard))
+        for batch in load(shard):
+            if shard.spec.augment is not None:
+                events.append(("step", batch.step))
+            yield batch
+
+    session.runtime = replace(session.runtime, stream=stream, expect=lambda shards: events.append(("expect", shards)))
+    for _ in range(3):
+        loop._train_epoch(session)
+        end_epoch(session)
+    session.writer.close()
+    assert [what for what, _ in events if what != "step"] == ["stream", "expect"] + ["stream", "expect", "stream"] * 2
+    streamed = [shard for what, shard in events if what == "stream"]
+    second, validation, third, last_validation = streamed[1:]
+    expected = [shards for what, shards in events if what == "expect"]
+    for found, wanted in zip(expected, ([second], [validation, third], [last_validation]), strict=True):
+        assert len(found) == len(wanted) and all(one is other for one, other in zip(found, wanted, strict=True))
+    before = [events[i - 1] for i, (what, _) in enumerate(events) if what == "expect"]
+    assert before == [("step", 2)] * 3  # of 0..3
