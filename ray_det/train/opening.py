@@ -46,6 +46,10 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
     if state.phase == "test" and state.has_next(config):
         state = replace(state, phase="train")  # more epochs were asked for
+    work, upcoming = Work(job, runtime.rank, runtime.world, detector.size_divisor), None
+    if state.phase == "train" and state.has_next(config):
+        upcoming = work.epoch(state.epoch, state.step)
+        runtime.expect([upcoming.shard])  # what follows takes a while
     if checkpoint and runtime.is_main:
         runtime.notify({"message": _goes_on(state, runtime.world)})
     tracker = _tracker(job, runtime, state.log_lines if checkpoint else None) if runtime.is_main else None
@@ -53,8 +57,7 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         runtime.publish({"global_step": state.global_step})
     bf16 = use_bf16(config.train.precision, runtime.device)
     model, norms = wrap_ddp(detector, runtime.device), NormStatistics(detector)
-    work = Work(job, runtime.rank, runtime.world, detector.size_divisor)
-    return Session(job, runtime, work, detector, model, optimizer, ema, norms, bf16, state, tracker)
+    return Session(job, runtime, work, detector, model, optimizer, ema, norms, bf16, state, tracker, upcoming=upcoming)
 
 
 def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Detector:
