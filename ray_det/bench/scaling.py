@@ -50,7 +50,7 @@ class Costs(Section):
     jpeg_bytes: float = number(156e3, "measured", "bytes of a file (mean of 123 photographs of COCO)")
     canvas_bytes: float = number(3 * 800 * 800, "code", "bytes of an image as it travels: uint8, decoded and padded")
     loader_cpu_s: float = number(0.008, "measured", "CPU seconds to decode, augment and resize an image to 800 x 800")
-    loader_threads: int = number(2, "code", "images that a loader task has under way, on one CPU")
+    loader_reads: int = number(16, "code", "files that a loader task reads at once, on one CPU")
     node_cpus: int = number(192, "assumed", "CPUs of a node")
     worker_cpus: float = number(1, "code", "CPUs that a train worker reserves")
     block_gb_s: float = number(2, "assumed", "GB/s that a node takes in from other nodes' object stores")
@@ -66,7 +66,7 @@ class Costs(Section):
     manifest_bytes: float = number(546, "measured", "bytes of an image's row in memory, with 7.3 boxes")
     plan_s: float = number(3.1e-7, "measured", "seconds per image to plan an epoch, on every rank")
     plan_bytes: float = number(60, "measured", "bytes per image while it is planned, on every rank")
-    first_batch_s: float = number(0.3, "measured", "seconds from the plan to a later epoch's first batch")
+    first_batch_s: float = number(0.1, "measured", "seconds from an epoch's last batch to the first of the next")
     node_memory_gb: float = number(2048, "assumed", "memory of a node, GB")
 
     checkpoint_bytes: float = number(12, "code", "bytes per parameter: weights and two moments, float32")
@@ -85,7 +85,6 @@ class Layout:
     packed: bool  # in shard files; else a file each
     prefixes: int = 1  # partitions of the keys
     sizes_known: bool = False  # files are opened without asking for their size
-    threads: int | None = None  # images that a loader has under way; None: as the code has it
     spread: bool = False  # loader tasks run anywhere; else on the node that trains on what they load
     own_rows: bool = False  # a node holds, and a rank plans, their own rows; else all
 
@@ -93,7 +92,7 @@ class Layout:
 FILES = Layout("small files", packed=False)
 PACKED = Layout("packed", packed=True)
 SPREAD_KEYS = Layout("packed in 64 prefixes", packed=True, prefixes=64)
-CHANGED = Layout("changed", packed=True, prefixes=64, sizes_known=True, threads=16, own_rows=True)
+CHANGED = Layout("changed", packed=True, prefixes=64, sizes_known=True, own_rows=True)
 ANYWHERE = Layout("packed in 64 prefixes, loaders anywhere", packed=True, prefixes=64, spread=True)
 
 
@@ -141,13 +140,12 @@ def steady_limits(costs: Costs, layout: Layout, gpus: int, images: float) -> dic
     nodes = nodes_of(costs, gpus)
     cpus = gpus * (costs.node_cpus / costs.node_gpus - costs.worker_cpus)
     requests = requests_per_image(costs, layout, images)
-    threads = layout.threads or costs.loader_threads
-    image_s = requests * costs.store_latency_s + costs.jpeg_bytes / (costs.stream_gb_s * GB) + costs.loader_cpu_s
+    read_s = requests * costs.store_latency_s + costs.jpeg_bytes / (costs.stream_gb_s * GB)
     moved = bytes_between_nodes(costs, layout, gpus)
     return {
         "GPUs": gpus * costs.batch / step_s(costs, gpus),
         "decoding": cpus / costs.loader_cpu_s,
-        "store's latency": cpus * threads / image_s,
+        "store's latency": cpus * costs.loader_reads / read_s,
         "store's requests": layout.prefixes * costs.prefix_requests_per_s / requests,
         "store's bandwidth": nodes * costs.store_node_gb_s * GB / costs.jpeg_bytes,
         "blocks between nodes": nodes * costs.block_gb_s * GB / moved if moved else math.inf,

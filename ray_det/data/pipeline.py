@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count, pairwise
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -94,7 +94,7 @@ class _Expected(NamedTuple):
 
     work: Shard
     first: int  # how many they are
-    tables: ray.ObjectRefGenerator
+    tables: list[ray.ObjectRefGenerator]  # of each task, one after the other
 
 
 class Loaders:
@@ -117,9 +117,10 @@ class Loaders:
         task = load_each.options(num_returns="streaming", scheduling_strategy="DEFAULT", **near())
         self._expected = []
         for work in shards:
-            first = work.assignment.slice(0, _room(_areas(work.assignment)[:BLOCK_BATCHES]))
-            tables = task.remote(self._put(work.manifest), first, work.spec)
-            self._expected.append(_Expected(work, len(first), tables))
+            manifest, first = self._put(work.manifest), _room(_areas(work.assignment)[:BLOCK_BATCHES])
+            cuts = np.linspace(0, first, min(first, max(1, int(self._cpus / 2))) + 1).astype(int).tolist()
+            parts = (work.assignment.slice(start, stop) for start, stop in pairwise(cuts))
+            self._expected.append(_Expected(work, first, [task.remote(manifest, part, work.spec) for part in parts]))
 
     def stream(self, work: Shard) -> Iterator[MicroBatch]:
         """Load a shard's micro-batches and yield them in order.
@@ -145,7 +146,7 @@ class Loaders:
         others = self._executions(work, expected.first)
         with ThreadPoolExecutor(1) as pool:
             following = pool.submit(next, others, None)  # begins while those that were expected are used
-            for table in expected.tables:
+            for table in chain.from_iterable(expected.tables):
                 yield from from_table(ray.get(table))
             batch = following.result()
         if batch is not None:

@@ -48,7 +48,10 @@ class Rank:
             shape = dict(micro_batches=1, micro_batch_size=2, divisor=32)
             plan = plan_epoch(*sizes, rows, config, **shape, seed=0, epoch=epoch)
             spec = LoadSpec("square", "mean", seed=0, augment=None)
-            total += sum(b.pixels_BHW3.nbytes for b in loaders.stream(Shard(images, plan.assign(0, 1), spec)))
+            shard = Shard(images, plan.assign(0, 1), spec)
+            if epoch:  # all of it before it is asked for
+                loaders.expect([shard])
+            total += sum(b.pixels_BHW3.nbytes for b in loaders.stream(shard))
         return total
 
 @ray.remote(num_cpus=2, scheduling_strategy=here)
