@@ -26,6 +26,8 @@ from ray_det.types import MicroBatch
 
 DRAWN_AT_ONCE = 2
 """Pictures that one loader draws at once, of those whose files are read: most of it releases the GIL."""
+READ_AHEAD_BYTES = 64 << 20
+"""Of files that wait to be drawn, unless so few pictures' are more: about as much as a block of pixels."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,15 @@ def _draw_all(
 ) -> list[Picture]:
     """Files are read far ahead, because a storage may be far away; few are drawn at once, which takes the cores."""
     with ThreadPoolExecutor(READS_AT_ONCE) as readers, ThreadPoolExecutor(DRAWN_AT_ONCE) as artists:
-        fetched = ahead(readers, lambda one: one.fetched(spec), pictures, 2 * READS_AT_ONCE)
+        fetched = ahead(readers, lambda one: one.fetched(spec), pictures, _read_ahead(pictures))
         work = zip(fetched, image_sizes, chain.from_iterable(canvases), strict=True)
         return list(ahead(artists, lambda one: draw(spec, *one), work, 2 * DRAWN_AT_ONCE))
+
+
+def _read_ahead(pictures: list[Wanted]) -> int:
+    """Of how many pictures the files may be in memory: of fewer where files are large."""
+    largest = max((one.file_bytes for one in pictures), default=0)
+    return max(DRAWN_AT_ONCE, min(2 * READS_AT_ONCE, READ_AHEAD_BYTES // max(largest, 1)))
 
 
 def _micro_batch(key: np.ndarray, pixels_BHW3: np.ndarray, pictures: list[Wanted], drawn: list[Picture]) -> MicroBatch:

@@ -6,6 +6,7 @@ It is a pure function of image, seed, epoch and occurrence: partners and all tha
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import cv2
@@ -29,6 +30,11 @@ class Wanted(NamedTuple):
     source: Source
     key: tuple[int, ...]  # of its random numbers
     partners: Partners[Source] = Partners()
+
+    @property
+    def file_bytes(self) -> int:
+        """Of all its files, as far as the manifest knows them."""
+        return sum(image.place.length or 0 for image in (self.source, *chain.from_iterable(self.partners)))
 
     def fetched(self, spec: LoadSpec) -> Wanted:
         """With the contents of all its files. This waits, and computes next to nothing.

@@ -112,7 +112,7 @@ class ShardPredictor:
         found, told = _Found(), 0
         most = WAITING_BATCHES * job.batch_size
         with ThreadPoolExecutor(READS_AT_ONCE) as readers, ThreadPoolExecutor(job.threads) as decoders:
-            fetched = ahead(readers, self._fetch, job.read(shard), 2 * READS_AT_ONCE)
+            fetched = ahead(readers, self._fetch, job.read(shard), READS_AT_ONCE)
             loaded = ahead(decoders, partial(self._load, predictor), enumerate(fetched), most)
             for group in by_canvas(_noted(loaded, found), job.batch_size, most):
                 self._detect(predictor, number, MicroBatch.joined(group), found)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ray_det.config import AugmentConfig, DatasetConfig
-from ray_det.data import embedded
+from ray_det.data import collate, embedded
 from ray_det.data.collate import Shard, load
 from ray_det.data.files import WHOLE_BYTES
 from ray_det.data.headers import scan
@@ -84,6 +84,18 @@ def test_loading_reads_many_files_at_once(local, remote, s3, monkeypatch):
     with far_away(s3, monkeypatch, LATE_S) as storage:
         are_same(load(shard), here)
     assert storage.most_at_once >= AT_ONCE
+
+
+def test_large_files_are_not_read_far_ahead(remote, s3, monkeypatch):
+    shard = shard_of(remote)
+    largest = max(shard.manifest.table["length"].to_pylist())
+    assert largest > 0
+    for room, most in ((4, 4), (0, collate.DRAWN_AT_ONCE)):
+        monkeypatch.setattr(collate, "READ_AHEAD_BYTES", room * largest)
+        plain = Shard(shard.manifest, shard.assignment, LoadSpec("longest", "mean", seed=5, augment=None))
+        with far_away(s3, monkeypatch, LATE_S) as storage:
+            load(plain)
+        assert storage.most_at_once == most
 
 
 def test_of_a_packed_image_one_request_is_made(local, remote, s3, monkeypatch):
