@@ -51,6 +51,7 @@ class Costs(Section):
     canvas_bytes: float = number(3 * 800 * 800, "code", "bytes of an image as it travels: uint8, decoded and padded")
     loader_cpu_s: float = number(0.008, "measured", "CPU seconds to decode, augment and resize an image to 800 x 800")
     loader_reads: int = number(16, "code", "files that a loader task reads at once, on one CPU")
+    block_bytes: float = number(64 * MIB, "code", "bytes of the pixels that a loader task makes")
     node_cpus: int = number(192, "assumed", "CPUs of a node")
     worker_cpus: float = number(1, "code", "CPUs that a train worker reserves")
     block_gb_s: float = number(2, "assumed", "GB/s that a node takes in from other nodes' object stores")
@@ -65,7 +66,9 @@ class Costs(Section):
 
     manifest_bytes: float = number(546, "measured", "bytes of an image's row in memory, with 7.3 boxes")
     plan_s: float = number(3.1e-7, "measured", "seconds per image to plan an epoch, on every rank")
-    plan_bytes: float = number(60, "measured", "bytes per image while it is planned, on every rank")
+    plan_bytes: float = number(
+        72, "measured", "bytes per image while it is planned, beside the epoch before, on every rank"
+    )
     first_batch_s: float = number(0.1, "measured", "seconds from an epoch's last batch to the first of the next")
     node_memory_gb: float = number(2048, "assumed", "memory of a node, GB")
 
@@ -136,16 +139,21 @@ def estimate(costs: Costs, layout: Layout, gpus: int, images: float) -> Estimate
 
 
 def steady_limits(costs: Costs, layout: Layout, gpus: int, images: float) -> dict[str, float]:
-    """images/s that each part of the cluster could do alone."""
+    """images/s that each part of the cluster could do alone.
+
+    A loader task waits for its first files, then decodes while it reads the others, some at once.
+    """
     nodes = nodes_of(costs, gpus)
     cpus = gpus * (costs.node_cpus / costs.node_gpus - costs.worker_cpus)
     requests = requests_per_image(costs, layout, images)
     read_s = requests * costs.store_latency_s + costs.jpeg_bytes / (costs.stream_gb_s * GB)
+    task_images = costs.block_bytes / costs.canvas_bytes
+    rounds = task_images / costs.loader_reads
     moved = bytes_between_nodes(costs, layout, gpus)
     return {
         "GPUs": gpus * costs.batch / step_s(costs, gpus),
         "decoding": cpus / costs.loader_cpu_s,
-        "store's latency": cpus * costs.loader_reads / read_s,
+        "store's latency": cpus * task_images / max(read_s + task_images * costs.loader_cpu_s, rounds * read_s),
         "store's requests": layout.prefixes * costs.prefix_requests_per_s / requests,
         "store's bandwidth": nodes * costs.store_node_gb_s * GB / costs.jpeg_bytes,
         "blocks between nodes": nodes * costs.block_gb_s * GB / moved if moved else math.inf,

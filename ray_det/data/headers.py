@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
@@ -63,8 +63,13 @@ def read_headers(chunk: HeaderChunk, limits: ImageLimits = DEFAULT_LIMITS) -> li
     places = [paths.join(root, name) for name in names]
     if not paths.has_scheme(root):
         return [_read_header(root, place, limits) for place in places]  # threads would wait for the interpreter alone
-    with ThreadPoolExecutor(files.READS_AT_ONCE) as pool:
-        return list(pool.map(lambda place: _read_header(root, place, limits), places))
+    return list(_readers().map(lambda place: _read_header(root, place, limits), places))
+
+
+@lru_cache
+def _readers() -> ThreadPoolExecutor:
+    """Of all chunks that this process checks."""
+    return ThreadPoolExecutor(files.READS_AT_ONCE, "headers")
 
 
 def _read_header(root: str, path: str, limits: ImageLimits) -> Header:

@@ -122,8 +122,10 @@ def _decode(source: Source, spec: LoadSpec, shrink: int) -> np.ndarray:
     """All pixels of the image, or of a JPEG a part, as `shrink` says."""
     name = source.place.name
     try:
-        if not isinstance(source.content, bytes):
-            raise source.content or AssertionError(f"{name} was not fetched")
+        if source.content is None:
+            raise AssertionError(f"{name} was not fetched")
+        if isinstance(source.content, UserError):
+            raise source.content
         pixels, size = decode.decode_for(source.content, name, lambda size: shrink, spec.limits)
         if size != source.size:
             raise UserError(f"{name} is {size} (h, w), the manifest says {source.size}: prepare it again")

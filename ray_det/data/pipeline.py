@@ -50,7 +50,7 @@ def wake(after: Any) -> None:
     importlib.import_module("ray.data")
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, num_returns="streaming", max_retries=-1)  # as Ray Data's tasks
 def load_each(manifest: Manifest, part: Assignment, spec: LoadSpec) -> Iterator[pa.Table]:
     """Micro-batches one by one, each there as soon as it is loaded."""
     for i in range(len(part)):
@@ -97,11 +97,22 @@ class _Expected(NamedTuple):
     tables: list[ray.ObjectRefGenerator]  # of each task, one after the other
 
 
+def _first(expected: _Expected, others: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """What was expected, and one more micro-batch: the others begin to be loaded while these are used."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, others, None)
+        for table in chain.from_iterable(expected.tables):
+            yield from from_table(ray.get(table))
+        batch = following.result()
+    if batch is not None:
+        yield batch
+
+
 class Loaders:
     """The loader tasks of one train worker.
 
     Args:
-        cpus: that they may use together.
+        cpus: that those of a stream may use together.
         shared: manifests that are in the object store already; others are put there when they are first used.
     """
 
@@ -113,8 +124,11 @@ class Loaders:
         self._expected: list[_Expected] = []
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Begin to load the first micro-batches of what `stream` will be given next, instead of what was expected."""
-        task = load_each.options(num_returns="streaming", scheduling_strategy="DEFAULT", **near())
+        """Begin to load the first micro-batches of the very shards that `stream` will be given next.
+
+        What was expected and not yet streamed is forgotten.
+        """
+        task = load_each.options(scheduling_strategy="DEFAULT", **near())
         self._expected = []
         for work in shards:
             manifest, first = self._put(work.manifest), _room(_areas(work.assignment)[:BLOCK_BATCHES])
@@ -144,14 +158,8 @@ class Loaders:
             return
         self._expected = [one for one in self._expected if one is not expected]
         others = self._executions(work, expected.first)
-        with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(next, others, None)  # begins while those that were expected are used
-            for table in chain.from_iterable(expected.tables):
-                yield from from_table(ray.get(table))
-            batch = following.result()
-        if batch is not None:
-            yield batch
-            yield from others
+        yield from _first(expected, others)
+        yield from others
 
     def _executions(self, work: Shard, start: int) -> Iterator[MicroBatch]:
         """The micro-batches from `start` on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
@@ -89,5 +90,5 @@ def _digests(manifest: Manifest, rows: np.ndarray) -> list[tuple[str, str]]:
             return None
         return manifest.table["uri"][row].as_py(), hashlib.sha256(content).hexdigest()
 
-    with ThreadPoolExecutor(files.READS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(max(files.READS_AT_ONCE, os.cpu_count() or 1)) as pool:
         return [pair for pair in pool.map(digest, rows.tolist()) if pair]

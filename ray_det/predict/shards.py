@@ -32,7 +32,7 @@ from ray_det.train.step import make_deterministic
 from ray_det.types import Detections, MicroBatch, UserError
 
 WAITING_BATCHES = 4
-"""Images that wait for others of their canvas, and images that are read ahead, in batches."""
+"""Images that wait for others of their canvas, in batches."""
 DRAWN_FROM = 0.3
 """Score from which boxes are drawn where every score is written."""
 
@@ -113,7 +113,7 @@ class ShardPredictor:
         most = WAITING_BATCHES * job.batch_size
         with ThreadPoolExecutor(READS_AT_ONCE) as readers, ThreadPoolExecutor(job.threads) as decoders:
             fetched = ahead(readers, self._fetch, job.read(shard), READS_AT_ONCE)
-            loaded = ahead(decoders, partial(self._load, predictor), enumerate(fetched), most)
+            loaded = ahead(decoders, partial(self._load, predictor), enumerate(fetched), job.batch_size + job.threads)
             for group in by_canvas(_noted(loaded, found), job.batch_size, most):
                 self._detect(predictor, number, MicroBatch.joined(group), found)
                 yield pa.table({"images": [len(group)]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import Session
 from ray_det.train.skipped import Skipped, note_in_evaluation, skipped_in
 from ray_det.train.step import sync_buffers, use_bf16
-from ray_det.train.work import run_evaluation
+from ray_det.train.work import evaluation_of
 from ray_det.types import MicroBatch, UserError
 
 Stream = Callable[[Shard], Iterator[MicroBatch]]
@@ -67,7 +68,7 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0, analysed:
     session.at("evaluation")
     sync_buffers(session.evaluated)
     work = session.work.validation if split == "val" else session.work.evaluation(split)
-    alive = lambda: session.at("evaluation")  # noqa: E731
+    alive = partial(session.at, "evaluation")
     part = infer_part(session.evaluated, work, session.config, runtime.stream, runtime.device, alive, pictures)
     session.at("gathering and scoring of detections")
     note_in_evaluation(session, split, part.skipped, session.state.global_step)
@@ -99,7 +100,7 @@ def evaluate_checkpoint(
     except UserError:
         return None
     detector = checkpoint.build(device)
-    work = run_evaluation(manifest, config, detector.size_divisor)
+    work = evaluation_of(manifest, config, detector.size_divisor)
     part = infer_part(detector, work, config, stream, device, alive, config.eval.pictures)
     return join([part], manifest, config)
 

@@ -69,6 +69,7 @@ def _run(session: Session) -> None:
                 _train_epoch(session)
             end_epoch(session)
         collect(session)  # of an epoch that turned out to be the last
+        session.runtime.expect([])
         if session.state.phase != "test":
             session.save(phase="test", wait=True)  # all ranks read the best
         finish(session)
@@ -103,12 +104,13 @@ def train_steps(session: Session, epoch: Epoch) -> None:
         for step in range(session.state.step, plan.steps):
             if step + 1 == plan.steps:
                 collect(session)
-                _look_ahead(session)
                 mark = time.perf_counter()
             session.at("data")
             with record_function("data wait"):
                 micro = [next(batches) for _ in own]
             wait = time.perf_counter() - mark
+            if step + 1 == plan.steps:
+                _look_ahead(session)
             rate = session.learning_rate(plan.steps)
             result = _step(session, micro, rate)
             _advance(session, plan, step, result)

@@ -46,10 +46,9 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
     if state.phase == "test" and state.has_next(config):
         state = replace(state, phase="train")  # more epochs were asked for
-    work, upcoming = Work(job, runtime.rank, runtime.world, detector.size_divisor), None
-    if state.phase == "train" and state.has_next(config):
-        upcoming = work.epoch(state.epoch, state.step)
-        runtime.expect([upcoming.shard])  # what follows takes a while
+    work, trains = Work(job, runtime.rank, runtime.world, detector.size_divisor), state.phase == "train"
+    upcoming = work.epoch(state.epoch, state.step) if trains and state.has_next(config) else None
+    runtime.expect([upcoming.shard] if upcoming else [])  # a tracker takes its time
     if checkpoint and runtime.is_main:
         runtime.notify({"message": _goes_on(state, runtime.world)})
     tracker = _tracker(job, runtime, state.log_lines if checkpoint else None) if runtime.is_main else None

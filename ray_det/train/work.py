@@ -79,10 +79,10 @@ class Work:
         return self.evaluation("val")
 
     def evaluation(self, split: str) -> Shard:
-        return run_evaluation(self.job.manifests[split], self.job.config, self.divisor, self.rank, self.world)
+        return evaluation_of(self.job.manifests[split], self.job.config, self.divisor, self.rank, self.world)
 
 
-def run_evaluation(manifest: Manifest, config: TrainJobConfig, divisor: int, rank: int = 0, world: int = 1) -> Shard:
+def evaluation_of(manifest: Manifest, config: TrainJobConfig, divisor: int, rank: int = 0, world: int = 1) -> Shard:
     """A rank's part of a split, in batches as a run evaluates it."""
     size = config.eval.batch_size or micro_batches(config.train, config.workers.most)[1]
     return evaluation_shard(manifest, config.data, batch_size=size, divisor=divisor, rank=rank, world=world)

@@ -133,9 +133,10 @@ def test_a_checkpoint_is_written_longer_than_it_is_copied():
 
 
 def test_numbers_that_stand_in_the_code():
-    from ray_det.data import files
+    from ray_det.data import files, pipeline
 
     assert COSTS.loader_reads == files.READS_AT_ONCE
+    assert COSTS.block_bytes == pipeline.BLOCK_BYTES
     assert COSTS.open_shards == files._opened.cache_parameters()["maxsize"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,38 +71,46 @@ def test_the_last_epochs_are_loaded_without_composing(session):
     assert session.work.evaluation("train").spec.augment is None
 
 
-def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(small_coco, tmp_path):
-    """The very shards that are streamed then: the validation, where there is one, and the next epoch."""
+@pytest.mark.parametrize("steps", [4, 1])
+def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(steps, small_coco, tmp_path):
+    """The very shards that are streamed then: the validation, where there is one, and the next epoch. And not before
+    the epoch itself is streamed, which would forget what was expected of it.
+    """
     config = TrainJobConfig.model_validate(
         {
             "storage": str(tmp_path),
             "data": {"train": str(small_coco["train"]), "val": str(small_coco["val"]), "image_size": 64},
             "model": FAMILIES["fcos"].model_dump(),
-            "train": {"epochs": 3, "global_batch_size": 4},
+            "train": {"epochs": 3, "global_batch_size": 16 // steps},
             "eval": {"every_epochs": 2},
             "wandb": {"mode": "disabled"},
         }
     )
     session = open_alone(begin(config, 0.0, lambda text: None, map_in_threads), 1, lambda shard: iter(()))
     events: list[tuple[str, Any]] = []
+    at: list[int] = []  # steps that were done when something was expected
 
     def stream(shard: Shard) -> Iterator[MicroBatch]:
         events.append(("stream", shard))
         for batch in load(shard):
             if shard.spec.augment is not None:
-                events.append(("step", batch.step))
+                events.append(("loaded", batch.step))
             yield batch
 
-    session.runtime = replace(session.runtime, stream=stream, expect=lambda shards: events.append(("expect", shards)))
+    def expect(shards: Sequence[Shard]) -> None:
+        events.append(("expect", shards))
+        at.append(session.state.step)
+
+    session.runtime = replace(session.runtime, stream=stream, expect=expect)
     for _ in range(3):
         loop._train_epoch(session)
         end_epoch(session)
     session.writer.close()
-    assert [what for what, _ in events if what != "step"] == ["stream", "expect"] + ["stream", "expect", "stream"] * 2
+    assert [what for what, _ in events if what != "loaded"] == ["stream", "expect"] + ["stream", "expect", "stream"] * 2
     streamed = [shard for what, shard in events if what == "stream"]
     second, validation, third, last_validation = streamed[1:]
     expected = [shards for what, shards in events if what == "expect"]
     for found, wanted in zip(expected, ([second], [validation, third], [last_validation]), strict=True):
         assert len(found) == len(wanted) and all(one is other for one, other in zip(found, wanted, strict=True))
     before = [events[i - 1] for i, (what, _) in enumerate(events) if what == "expect"]
-    assert before == [("step", 2)] * 3  # of 0..3
+    assert before == [("loaded", steps - 1)] * 3 and at == [steps - 1] * 3
