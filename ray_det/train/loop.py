@@ -69,7 +69,7 @@ def _run(session: Session) -> None:
                 _train_epoch(session)
             end_epoch(session)
         collect(session)  # of an epoch that turned out to be the last
-        session.runtime.expect([])
+        session.runtime.expect([])  # nor does an epoch come that was expected
         if session.state.phase != "test":
             session.save(phase="test", wait=True)  # all ranks read the best
         finish(session)
