@@ -21,6 +21,7 @@ from ray_det.models.detector import Detector
 from ray_det.models.torchvision_adapter import DenseDetector, TwoStageDetector
 from ray_det.models.torchvision_backbones import Pyramid, build_trunk, freeze_batchnorm
 from ray_det.models.weights import WeightsReport, load_weights, read_weights
+from ray_det.models.winograd import use_winograd
 from ray_det.types import UserError
 
 BUILDERS = (
@@ -77,6 +78,7 @@ def rebuild_torchvision(architecture: dict[str, Any], num_classes: int, pad: tup
 def _adapter(network: nn.Module, architecture: dict[str, Any], pad: tuple[float, ...]) -> Detector:
     if frozen := architecture["frozen"]:
         freeze_batchnorm(network if frozen == "all" else network.get_submodule(frozen), architecture["eps"])
+    use_winograd(network)
     if isinstance(network, detection.FasterRCNN):
         return TwoStageDetector(network, architecture, pad)
     return DenseDetector(cast("detection.FCOS | detection.RetinaNet", network), architecture, pad)

@@ -1,0 +1,127 @@
+"""3x3 convolutions on CPUs by Winograd's algorithm F(4x4, 3x3) (arXiv:1509.09308).
+
+A tile of 4x4 answers takes 36 products in place of 144, as matrix products over the channels; the gradients of input
+and weights likewise. The values are a direct convolution's up to rounding, which is of the same size with these
+points of interpolation (arXiv:1803.10986). PyTorch's own CPU kernels have no such algorithm for training.
+
+Shape legend: B images, H W pixels, C channels, I O channels in and out, T tiles of all images, P = 36 points of a
+tile: 6x6 pixels of the input make 4x4 of the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+OUT, KERNEL = 4, 3
+IN = OUT + KERNEL - 1
+POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)
+MIN_CHANNELS, MIN_TILES = 80, 64
+"""With less, transforming the tiles costs about what it saves (two cores with AVX2)."""
+
+
+def use_winograd(network: nn.Module) -> None:
+    """Let the 3x3 convolutions of a network take the faster way where there is one. Weights and their names stay."""
+    for module in network.modules():
+        if type(module) is nn.Conv2d and suits(module):
+            module.__class__ = WinogradConv2d
+
+
+def suits(layer: nn.Conv2d) -> bool:
+    shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+    narrow = min(layer.in_channels, layer.out_channels)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and narrow >= MIN_CHANNELS
+
+
+class WinogradConv2d(nn.Conv2d):
+    """A 3x3 convolution with stride 1 and a padding of 1; float32 on CPUs goes the faster way in eager mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self._faster(input):
+            return super().forward(input)
+        out = _Winograd.apply(input.permute(0, 2, 3, 1), self.weight).permute(0, 3, 1, 2)
+        return out if self.bias is None else out + self.bias[:, None, None]
+
+    def _faster(self, input: Tensor) -> bool:
+        plain = input.device.type == "cpu" and input.dtype == self.weight.dtype == torch.float32
+        if not plain or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        batch, _, height, width = input.shape
+        return batch * -(-height // OUT) * -(-width // OUT) >= MIN_TILES
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BHWI: Tensor, weight_OI33: Tensor) -> Tensor:
+        points_PTI = _points(x_BHWI)
+        ctx.save_for_backward(points_PTI, weight_OI33)
+        return _pixels(torch.bmm(points_PTI, _kernels(weight_OI33.permute(2, 3, 1, 0))), x_BHWI.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHWO: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        points_PTI, weight_OI33 = ctx.saved_tensors
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:  # a convolution too, with the kernel turned around
+            turned_PTI = torch.bmm(_points(grad_BHWO), _kernels(weight_OI33.flip(2, 3).permute(2, 3, 0, 1)))
+            x_grad = _pixels(turned_PTI, grad_BHWO.shape)
+        if ctx.needs_input_grad[1]:
+            grad_PTO = (FROM_POINTS.T @ _tiles(grad_BHWO, OUT, 0)).view(IN * IN, -1, grad_BHWO.shape[3])
+            kernels_PIO = torch.bmm(points_PTI.transpose(1, 2), grad_PTO)
+            weight_grad = (KERNEL_TO_POINTS.T @ kernels_PIO.flatten(1)).view(3, 3, *kernels_PIO.shape[1:])
+            weight_grad = weight_grad.permute(3, 2, 0, 1)
+        return x_grad, weight_grad
+
+
+def _points(x_BHWC: Tensor) -> Tensor:
+    """The overlapping tiles of 6x6 pixels, transformed: (P, T, C)."""
+    return (TO_POINTS @ _tiles(x_BHWC, IN, 1)).view(IN * IN, -1, x_BHWC.shape[3])
+
+
+def _kernels(weight_33IO: Tensor) -> Tensor:
+    """(P, I, O)"""
+    return (KERNEL_TO_POINTS @ weight_33IO.flatten(2).flatten(0, 1)).view(IN * IN, *weight_33IO.shape[2:])
+
+
+def _tiles(x_BHWC: Tensor, side: int, before: int) -> Tensor:
+    """(side * side, T * C): tiles of side x side pixels, one every 4, the first of them `before` outside the image."""
+    batch, height, width, channels = x_BHWC.shape
+    rows, columns = -(-height // OUT), -(-width // OUT)
+    right, below = (tiles * OUT - size + side - OUT - before for tiles, size in ((columns, width), (rows, height)))
+    padded = pad(x_BHWC, (0, 0, before, right, before, below))
+    image, row, pixel, channel = padded.stride()
+    shape = (side, side, batch, rows, columns, channels)
+    return padded.as_strided(shape, (row, pixel, image, row * OUT, pixel * OUT, channel)).reshape(side * side, -1)
+
+
+def _pixels(points_PTC: Tensor, shape: torch.Size) -> Tensor:
+    """Tiles back from their points, and together again: (B, H, W, C), of `shape` but for C."""
+    batch, height, width, _ = shape
+    rows, columns, channels = -(-height // OUT), -(-width // OUT), points_PTC.shape[2]
+    tiles = (FROM_POINTS @ points_PTC.flatten(1)).view(OUT, OUT, batch, rows, columns, channels)
+    image = tiles.permute(2, 3, 0, 4, 1, 5).reshape(batch, rows * OUT, columns * OUT, channels)
+    return image[:, :height, :width].contiguous()
+
+
+def _transforms() -> tuple[Tensor, Tensor, Tensor]:
+    """(P, 36), (P, 9), (16, P): pixels and kernel to points, points to answers, of Toom's and Cook's construction.
+
+    Polynomials are multiplied by their values at the points and at infinity; a correlation is that, transposed.
+    """
+    points = np.array(POINTS)
+    scale = np.array([1 / np.prod([p - q for q in points if q != p]) for p in points] + [1.0])[:, None]
+
+    def values(count: int) -> np.ndarray:
+        return np.vstack([points[:, None] ** np.arange(count), np.arange(count) == count - 1])
+
+    one_dimension = np.linalg.inv(values(IN)).T / scale, values(KERNEL) * scale, values(OUT).T
+    pixels, kernel, answers = (torch.tensor(np.kron(m, m), dtype=torch.float32) for m in one_dimension)
+    return pixels, kernel, answers
+
+
+TO_POINTS, KERNEL_TO_POINTS, FROM_POINTS = _transforms()
