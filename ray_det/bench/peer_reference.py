@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional
 
 from ray_det.bench.task import Stopwatch, Task, main, prepared
 from ray_det.models.torchvision_adapter import IMAGENET_STD
-from ray_det.models.torchvision_build import build_torchvision
+from ray_det.models.torchvision_build import library_network
 from ray_det.types import IMAGENET_MEAN
 
 SETTINGS = {
@@ -44,10 +44,7 @@ GROUP_FACTOR = 3
 def network(task: Task) -> nn.Module:
     """The same modules as in ray_det's arm, with torchvision's forward and its transform."""
     name = task.model.name.removeprefix("torchvision/")
-    detector, _ = build_torchvision(
-        name, task.model.fpn_channels, task.model.config, "none", task.classes, IMAGENET_MEAN
-    )
-    net = cast(nn.Module, detector.net)
+    net = library_network(name, task.model.fpn_channels, task.model.config, task.classes)
     size = task.image_size
     net.transform = GeneralizedRCNNTransform(size, size, list(IMAGENET_MEAN), list(IMAGENET_STD))
     return net

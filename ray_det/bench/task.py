@@ -48,6 +48,7 @@ DFINE_SMALL: dict[str, Any] = {
 MODELS = {
     "dfine": ModelConfig(name="transformers/d_fine", weights="none", config=DFINE_SMALL),
     "fcos": ModelConfig(name="torchvision/fcos_mobilenet_v2_fpn", weights="none", fpn_channels=128),
+    "fcos_resnet50": ModelConfig(name="torchvision/fcos_resnet50_fpn", weights="none"),
     "fasterrcnn": ModelConfig(name="torchvision/fasterrcnn_mobilenet_v2_fpn", weights="none", fpn_channels=128),
 }
 MARK = "images/s: "

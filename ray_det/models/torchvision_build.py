@@ -56,7 +56,7 @@ def build_torchvision(
     Raises:
         UserError: unknown name or argument (the nearest is named), weights that cannot be had or do not fit.
     """
-    network = _network(name, fpn_channels, config, num_classes)
+    network = library_network(name, fpn_channels, config, num_classes)
     report, eps = None, None
     if weights == "default":
         enum = _published(name, fpn_channels)
@@ -72,7 +72,7 @@ def build_torchvision(
 def rebuild_torchvision(architecture: dict[str, Any], num_classes: int, pad: tuple[float, ...]) -> Detector:
     """The module that `build_torchvision` gave, without its weights."""
     name, channels, config = (architecture[k] for k in ("name", "fpn_channels", "config"))
-    return _adapter(_network(name, channels, config, num_classes), architecture, pad)
+    return _adapter(library_network(name, channels, config, num_classes), architecture, pad)
 
 
 def _adapter(network: nn.Module, architecture: dict[str, Any], pad: tuple[float, ...]) -> Detector:
@@ -84,7 +84,8 @@ def _adapter(network: nn.Module, architecture: dict[str, Any], pad: tuple[float,
     return DenseDetector(cast("detection.FCOS | detection.RetinaNet", network), architecture, pad)
 
 
-def _network(name: str, fpn_channels: int, config: dict[str, Any], num_classes: int) -> nn.Module:
+def library_network(name: str, fpn_channels: int, config: dict[str, Any], num_classes: int) -> nn.Module:
+    """torchvision's own module, as torchvision computes it, with random weights."""
     if name in BUILDERS and fpn_channels == 256:
         family = name.split("_", 1)[0]
         builder = cast(Callable[..., nn.Module], models.get_model_builder(name))

@@ -21,6 +21,7 @@ from ray_det.bench.task import MARK, MODELS, Stopwatch, Task, environment, subse
 from ray_det.config import TrainJobConfig
 from ray_det.data.prepare import prepare
 from ray_det.models.build import build_detector
+from ray_det.models.winograd import WinogradConv2d
 from ray_det.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,9 @@ def test_peers_train_the_same_network(name):
     def shapes(net: torch.nn.Module) -> dict[str, tuple]:
         return {name: (p.shape, p.requires_grad) for name, p in net.named_parameters()}
 
-    assert shapes(peer.network(one)) == shapes(ours.net)  # pyright: ignore[reportArgumentType]
+    theirs = peer.network(one)
+    assert shapes(theirs) == shapes(ours.net)  # pyright: ignore[reportArgumentType]
+    assert not any(isinstance(m, WinogradConv2d) for m in theirs.modules())  # which would be ours
     if name == "dfine":
         assert 9e6 < sum(p.numel() for p in ours.parameters()) < 11e6  # 10 M, says the paper
 
