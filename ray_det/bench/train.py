@@ -37,7 +37,7 @@ class Config(Bench):
     )
     models: tuple[Literal["dfine", "fcos", "fcos_resnet50", "fasterrcnn"], ...] = Field(
         default=("dfine", "fcos", "fasterrcnn"),
-        description="D-FINE-S; FCOS on MobileNetV2, and as torchvision has it, on ResNet-50; Faster R-CNN on MobileNetV2",
+        description="D-FINE-S; FCOS on MobileNetV2 and, torchvision's own, on ResNet-50; Faster R-CNN on MobileNetV2",
     )
     data: str | None = Field(
         default=None, description="COCO JSON to train on; default: drawn photographs of COCO's sizes"
