@@ -33,6 +33,7 @@ LOCALLY = {
     "RAY_worker_niceness": "0",  # Ray's 15 holds from a process's first task on: those that start stall all others
     "RAY_prestart_worker_first_driver": "0",  # processes without Ray Train's settings, which nobody takes
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
+    "MALLOC_ARENA_MAX": "1",  # training runs in a thread, whose own arena gives large blocks back: see keep_memory
     "RAY_task_events_report_interval_ms": "0",  # no dashboard shows them, and Ray's server remembers 100,000 tasks
 }
 END_S = 3.0

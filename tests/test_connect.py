@@ -22,7 +22,7 @@ from ray_det.config import WorkersConfig
 class Stuck:
     def me(self):
         atexit.register(time.sleep, 600)
-        return os.getpid(), os.nice(0)
+        return os.getpid(), os.nice(0), os.environ["MALLOC_ARENA_MAX"]
 
 def late():
     "What a thread does that is left over."
@@ -35,9 +35,9 @@ def late():
 atexit.register(late)  # after the end
 start_ray(WorkersConfig())
 stuck = ray.remote(Stuck).remote()
-pid, niceness = ray.get(stuck.me.remote())
+pid, niceness, arenas = ray.get(stuck.me.remote())
 processes = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
-print(json.dumps({"processes": processes, "pid": pid, "niceness": niceness - os.nice(0)}))
+print(json.dumps({"processes": processes, "pid": pid, "niceness": niceness - os.nice(0), "arenas": arenas}))
 del stuck
 time.sleep(2)
 """
@@ -65,6 +65,11 @@ def test_a_local_start_has_no_processes_that_nobody_uses(local):
 def test_processes_that_work_are_not_stalled_by_those_that_start(local):
     """Ray would lower a process's priority once it has work, and one that starts has the driver's."""
     assert local["niceness"] == 0
+
+
+@pytest.mark.ray
+def test_threads_share_the_memory_that_a_process_keeps(local):
+    assert local["arenas"] == "1"
 
 
 @pytest.mark.ray

@@ -24,13 +24,14 @@ from ray_det.data import embedded
 from ray_det.data.collate import Shard, load
 from ray_det.data.headers import map_in_threads
 from ray_det.models.build import build_detector
+from ray_det.models.compute import use_bf16
 from ray_det.models.detector import Detector, to_device
 from ray_det.train.ema import Ema
 from ray_det.train.loop import train_steps
 from ray_det.train.optim import build_optimizer
 from ray_det.train.session import Session
 from ray_det.train.start import begin
-from ray_det.train.step import gradient_norm, update, use_bf16
+from ray_det.train.step import gradient_norm, update
 from ray_det.types import ClassList, MicroBatch
 
 SMALL = ModelConfig(name="torchvision/fcos_mobilenet_v3_small_fpn", weights="none", fpn_channels=64)

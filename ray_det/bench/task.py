@@ -164,7 +164,7 @@ def prepared(task: Task) -> tuple[torch.device, bool]:
     """(device, whether to autocast to bfloat16) of a peer's process, with its threads and seed set."""
     import torch
 
-    from ray_det.train.step import use_bf16
+    from ray_det.models.compute import use_bf16
 
     torch.set_num_threads(task.threads)
     torch.manual_seed(task.seed)

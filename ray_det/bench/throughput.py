@@ -23,8 +23,9 @@ from ray_det.bench.measure import Arm, Bench, Figure, compare
 from ray_det.bench.step import bare_step, build
 from ray_det.bench.task import DFINE_SMALL
 from ray_det.config import ModelConfig, OptimConfig
+from ray_det.models.compute import use_bf16
 from ray_det.models.parts import compile_networks
-from ray_det.train.step import train_step, use_bf16
+from ray_det.train.step import train_step
 
 MODELS = {
     "dfine": (ModelConfig(name="transformers/d_fine", weights="none", config=DFINE_SMALL), 640),

@@ -26,11 +26,11 @@ from ray_det.evaluate.gather import gather_lists, require_each_once
 from ray_det.evaluate.inference import infer
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import evaluation_shard, readable_rows
+from ray_det.models.compute import set_up_torch, use_bf16
 from ray_det.predict.output import COCO
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
 from ray_det.train.skipped import LIST, Skipped, skipped_in
-from ray_det.train.step import make_deterministic, use_bf16
 from ray_det.train.torch_trainer import TorchTrainer
 from ray_det.types import ClassList, Detections, UserError
 
@@ -81,7 +81,7 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    make_deterministic(room.threads, None, device)
+    set_up_torch(room.threads, None, device)
     checkpoint = open_checkpoint(job.checkpoint)
     run = checkpoint.config
     data = run.data.model_copy(update={"on_bad_image": job.on_bad_image or run.data.on_bad_image})

@@ -17,11 +17,11 @@ from ray_det.data.decode import decode, decode_for, read_image, to_rgb
 from ray_det.data.files import read_bytes
 from ray_det.data.plan import resized, round_up
 from ray_det.evaluate.inference import infer
+from ray_det.models.compute import use_bf16
 from ray_det.models.detector import Detector
 from ray_det.storage import Folder
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import BEST
-from ray_det.train.step import use_bf16
 from ray_det.types import DEFAULT_LIMITS, ClassList, Detections, ImageLimits, MicroBatch, UserError
 
 

@@ -22,13 +22,13 @@ from ray_det.data.files import READS_AT_ONCE
 from ray_det.evaluate.detections_file import detections_table
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.shown import picture_of
+from ray_det.models.compute import set_up_torch
 from ray_det.predict.flow import by_canvas
 from ray_det.predict.inputs import SHARD, InputImage
 from ray_det.predict.output import IMAGES_SCHEMA, Output
 from ray_det.predict.predictor import Predictor, open_checkpoint
 from ray_det.report.pictures import draw, to_jpeg
 from ray_det.train.checkpoint import Checkpoint, sha256
-from ray_det.train.step import make_deterministic
 from ray_det.types import Detections, MicroBatch, UserError
 
 WAITING_BATCHES = 4
@@ -91,7 +91,7 @@ class ShardPredictor:
     @cached_property
     def _predictor(self) -> Predictor:
         device = torch.device("cuda" if self._job.gpu else "cpu")
-        make_deterministic(self._job.threads, None, device)
+        set_up_torch(self._job.threads, None, device)
         cv2.setNumThreads(0)  # images are decoded side by side
         checkpoint = open_checkpoint(self._job.checkpoint)
         if fingerprint(checkpoint) != self._job.weights:

@@ -17,10 +17,10 @@ from ray.serve.config import BackpressureConfig
 from starlette.applications import Starlette
 
 from ray_det.cluster import fitting
+from ray_det.models.compute import set_up_torch
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.serve.config import ServeConfig
 from ray_det.serve.server import Server
-from ray_det.train.step import make_deterministic
 
 RETRY_AFTER_S = 1.0
 STARTS = 3
@@ -34,7 +34,7 @@ class Replica:
         # Where a replica has no GPU, Ray does not hide those that are there.
         device = torch.device("cuda" if resources["num_gpus"] else "cpu")
         threads = max(1, int(resources["num_cpus"]))
-        make_deterministic(threads, None, device)
+        set_up_torch(threads, None, device)
         cv2.setNumThreads(0)  # the decoding threads are the parallelism
         self._server = Server(open_checkpoint(config.checkpoint), device, threads, config)
 

@@ -21,12 +21,13 @@ from ray_det.evaluate.inference import Inferred, infer
 from ray_det.evaluate.results import Results
 from ray_det.evaluate.shown import picture_of
 from ray_det.evaluate.split import readable_rows, score
+from ray_det.models.compute import use_bf16
 from ray_det.models.detector import Detector
 from ray_det.report.pictures import Picture
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import Session
 from ray_det.train.skipped import Skipped, note_in_evaluation, skipped_in
-from ray_det.train.step import sync_buffers, use_bf16
+from ray_det.train.step import sync_buffers
 from ray_det.train.work import evaluation_of
 from ray_det.types import MicroBatch, UserError
 

@@ -8,6 +8,7 @@ import torch
 
 from ray_det.config import OptimConfig
 from ray_det.models.build import build_detector
+from ray_det.models.compute import set_up_torch, use_bf16
 from ray_det.models.detector import Detector
 from ray_det.models.parts import compile_networks, freeze, sync_batch_norms
 from ray_det.report.tracker import Tracker
@@ -16,7 +17,7 @@ from ray_det.train.ema import Ema
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer
 from ray_det.train.session import Runtime, Session
-from ray_det.train.step import make_deterministic, use_bf16, wrap_ddp
+from ray_det.train.step import wrap_ddp
 from ray_det.train.tensors import NormStatistics
 from ray_det.train.work import Work
 from ray_det.types import UserError
@@ -32,7 +33,7 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         UserError: the model, or its checkpoint, is not what the configuration asks for.
     """
     config = job.config
-    make_deterministic(runtime.threads, config.train.deterministic, runtime.device)
+    set_up_torch(runtime.threads, config.train.deterministic, runtime.device)
     torch.manual_seed(config.seed)
     detector = _detector(job, runtime, checkpoint)
     state = checkpoint.state if checkpoint else TrainState()

@@ -174,23 +174,3 @@ def sync_buffers(detector: Detector) -> None:
 def step_seed(seed: int, global_step: int, index: int) -> int:
     """Seed of torch's generators for one micro-batch."""
     return int(np.random.SeedSequence([seed, global_step, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast: `auto` means where bf16 is fast, which is on CUDA and on CPUs with AMX tiles."""
-    if precision == "auto":
-        return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-    return precision == "bf16"
-
-
-def make_deterministic(threads: int, asked: bool | None, device: torch.device) -> None:
-    """Set this process's threads and whether torch uses deterministic algorithms only (it warns where none exist).
-
-    Args:
-        asked: None: on CPUs.
-    """
-    deterministic = device.type == "cpu" if asked is None else asked
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    torch.backends.cudnn.benchmark = not deterministic

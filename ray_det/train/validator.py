@@ -13,10 +13,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_det.cluster import resources
 from ray_det.data.pipeline import Loaders
+from ray_det.models.compute import set_up_torch
 from ray_det.train import store
 from ray_det.train.evaluation import Evaluated, evaluate_checkpoint
 from ray_det.train.job import Payload
-from ray_det.train.step import make_deterministic
 from ray_det.train.watch import IDLE, Watch
 from ray_det.types import TrainingError
 
@@ -27,7 +27,7 @@ class Validator:
     def __init__(self, payload: Payload) -> None:
         self._payload = payload
         self._device = torch.device("cuda" if payload.room.gpu else "cpu")
-        make_deterministic(payload.room.threads, payload.config.train.deterministic, self._device)
+        set_up_torch(payload.room.threads, payload.config.train.deterministic, self._device)
         reference = payload.manifests["val"]
         self._manifest = ray.get(reference)
         self._loaders = Loaders(payload.room.loader_cpus, [(self._manifest, reference)])
