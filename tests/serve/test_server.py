@@ -25,6 +25,15 @@ def detector(checkpoint):
     return ray_det.load(str(checkpoint), device="cpu")
 
 
+def same(found, others):
+    """For each of the found detections, which one of the others has its label and place."""
+    tables = [np.column_stack([one.boxes_N4, 1e4 * one.labels_N]) for one in (found, others)]
+    pairs = np.abs(tables[0][:, None] - tables[1]).max(axis=-1).argmin(axis=1)
+    assert sorted(pairs) == list(range(len(others.labels_N)))
+    assert np.array_equal(found.labels_N, others.labels_N[pairs])
+    return pairs
+
+
 def test_batch_mates_do_not_matter(server, detector, pictures, monkeypatch):
     """Images of one canvas share a forward pass, and each finds what it finds alone."""
     passes, detect = [], server._predictor.detect
@@ -40,9 +49,9 @@ def test_batch_mates_do_not_matter(server, detector, pictures, monkeypatch):
     for content, found in zip(contents, server._forward(prepared), strict=True):
         (alone,) = detector.predict([content])
         assert len(alone.scores_N) > 0
-        np.testing.assert_allclose(found.boxes_N4, alone.boxes_N4, rtol=1e-5, atol=1e-4)  # hundreds of pixels
-        np.testing.assert_allclose(found.scores_N, alone.scores_N, rtol=0, atol=1e-4)
-        assert np.array_equal(found.labels_N, alone.labels_N)
+        pairs = same(found, alone)  # nearly equal scores may change places
+        np.testing.assert_allclose(found.boxes_N4, alone.boxes_N4[pairs], rtol=1e-5, atol=1e-4)  # hundreds of pixels
+        np.testing.assert_allclose(found.scores_N, alone.scores_N[pairs], rtol=0, atol=1e-4)
     assert len(passes) == len(set(canvases)) > 1
     assert {shape[1:3]: shape[0] for shape in passes} == {one: canvases.count(one) for one in canvases}
 
