@@ -26,8 +26,8 @@ def detector(checkpoint):
 
 
 def same(found, others):
-    """For each of the found detections, which one of the others has its label and place."""
-    tables = [np.column_stack([one.boxes_N4, 1e4 * one.labels_N]) for one in (found, others)]
+    """For each of the found detections, which one of the others has its label, place and score."""
+    tables = [np.column_stack([one.boxes_N4, 1e4 * one.labels_N, 1e4 * one.scores_N]) for one in (found, others)]
     pairs = np.abs(tables[0][:, None] - tables[1]).max(axis=-1).argmin(axis=1)
     assert sorted(pairs) == list(range(len(others.labels_N)))
     assert np.array_equal(found.labels_N, others.labels_N[pairs])
