@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import numpy as np
 import pytest
 import torch
 
 import ray_det
-from ray_det.predict.predictor import open_checkpoint
+from ray_det.predict.predictor import Predictor, open_checkpoint
+from ray_det.serve import server as server_module
 from ray_det.serve.config import ServeConfig
 from ray_det.serve.page import HEADERS, page
 from ray_det.serve.server import Server
@@ -54,6 +58,25 @@ def test_batch_mates_do_not_matter(server, detector, pictures, monkeypatch):
         np.testing.assert_allclose(found.scores_N, alone.scores_N[pairs], rtol=0, atol=1e-4)
     assert len(passes) == len(set(canvases)) > 1
     assert {shape[1:3]: shape[0] for shape in passes} == {one: canvases.count(one) for one in canvases}
+
+
+def test_one_thread_makes_the_detector_and_computes(checkpoint, detector, pictures, monkeypatch):
+    """A second one would have OpenMP threads of its own, and with more of them than cores both are slow."""
+    threads = []
+
+    class Noted(Predictor):
+        def __init__(self, *args):
+            threads.append(threading.current_thread())
+            super().__init__(*args)
+
+        def detect(self, batches):
+            threads.append(threading.current_thread())
+            return super().detect(batches)
+
+    monkeypatch.setattr(server_module, "Predictor", Noted)
+    server = Server(open_checkpoint(str(checkpoint)), CPU, 1, ServeConfig(checkpoint=str(checkpoint)))
+    asyncio.run(server._detect_all([detector.prepare(pictures["gray.jpg"])]))
+    assert len(threads) == 2 and threads[0] is threads[1] is not threading.current_thread()
 
 
 def test_the_servers_own_limit_of_pixels_counts(checkpoint, pictures):
