@@ -22,7 +22,7 @@ from ray_det.config import WorkersConfig
 class Stuck:
     def me(self):
         atexit.register(time.sleep, 600)
-        return os.getpid(), os.nice(0), os.environ["MALLOC_ARENA_MAX"]
+        return os.getpid(), os.nice(0), os.environ.get("MALLOC_ARENA_MAX")
 
 def late():
     "What a thread does that is left over."

@@ -43,8 +43,8 @@ class Server:
         # A decoded image is large, so that few are decoded at once; the device has a thread that none of them can take.
         self._decoders = ThreadPoolExecutor(max(2, threads), "decode")
         self._device = ThreadPoolExecutor(1, "detect")
-        # Made there too: every thread that computes gets OpenMP threads of its own, and where these are more than the
-        # cores, they sleep at each of an operator's ends in place of waiting.
+        # Made there too: every thread that computes gets OpenMP threads of its own, and where there are more of them
+        # than cores, they fall asleep at the end of every operator, in place of waiting for the next.
         self._predictor = self._device.submit(Predictor, checkpoint, device, limits).result()
         together = serve.batch(max_batch_size=config.batch_size, batch_wait_timeout_s=config.batch_wait_s)
         self._detect: Any = together(self._detect_all)
