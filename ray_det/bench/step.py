@@ -167,10 +167,9 @@ def _tail(config: Config, ours: Session) -> Figure:
 
 
 def _precision(config: Config, ours: Session, batches: list[MicroBatch]) -> Figure:
-    """bfloat16 autocast with weights in channels-last order, as the step does it, against float32."""
+    """bfloat16 autocast, as the step does it, against float32; batches are channels-last in both."""
     device = ours.runtime.device
     lower, exact = fresh(ours), fresh(ours)
-    lower[0].to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def loop(detector: Detector, optimizer: torch.optim.Optimizer, bf16: bool) -> None:
         for micro in batches:
@@ -181,7 +180,7 @@ def _precision(config: Config, ours: Session, batches: list[MicroBatch]) -> Figu
     return compare(
         "step in bf16",
         "s",
-        Arm("bf16, channels last", partial(seconds, partial(loop, *lower, True), device, len(batches)), shared),
+        Arm("bf16", partial(seconds, partial(loop, *lower, True), device, len(batches)), shared),
         Arm("fp32", partial(seconds, partial(loop, *exact, False), device, len(batches)), shared),
         repeats=config.repeats,
         target="<= 0.714x" if fast else None,  # where `train.precision: auto` takes it

@@ -17,6 +17,7 @@ from torchvision.models import WeightsEnum, detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from ray_det.models.cpu_bf16 import keep_in_float32
 from ray_det.models.detector import Detector
 from ray_det.models.torchvision_adapter import DenseDetector, TwoStageDetector
 from ray_det.models.torchvision_backbones import Pyramid, build_trunk, freeze_batchnorm
@@ -79,6 +80,7 @@ def _adapter(network: nn.Module, architecture: dict[str, Any], pad: tuple[float,
     if frozen := architecture["frozen"]:
         freeze_batchnorm(network if frozen == "all" else network.get_submodule(frozen), architecture["eps"])
     use_winograd(network)
+    keep_in_float32(network)
     if isinstance(network, detection.FasterRCNN):
         return TwoStageDetector(network, architecture, pad)
     return DenseDetector(cast("detection.FCOS | detection.RetinaNet", network), architecture, pad)

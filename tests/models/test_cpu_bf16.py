@@ -1,0 +1,90 @@
+"""Layers that are slow in bfloat16 on CPUs are computed in float32 there, and pass on the precision around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ray_det.config import ModelConfig
+from ray_det.models.build import build_detector
+from ray_det.models.cpu_bf16 import Float32Conv2d, Float32GroupNorm, keep_in_float32
+from tests.models.zoo import CLASSES
+
+STRIDED: dict[str, Any] = {
+    "in_channels": 64,
+    "out_channels": 64,
+    "kernel_size": 3,
+    "stride": 2,
+    "padding": 1,
+    "groups": 64,
+}
+
+
+def kept(layer):
+    network = nn.Sequential(layer)
+    keep_in_float32(network)
+    return network[0]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(**STRIDED), lambda: nn.GroupNorm(32, 64)], ids=["conv", "norm"])
+def test_values_and_gradients_under_autocast_are_those_of_float32(make):
+    torch.manual_seed(0)
+    plain = make()
+    x = torch.randn(2, 64, 12, 12).bfloat16().contiguous(memory_format=torch.channels_last)
+    want = plain(x.float())
+    grad = torch.randn_like(want).bfloat16()
+    wanted = torch.autograd.grad(want, [*plain.parameters()], grad.float())
+
+    layer = kept(make())
+    layer.load_state_dict(plain.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert torch.equal(out, want.bfloat16())
+    for got, exact in zip(torch.autograd.grad(out, [*layer.parameters()], grad), wanted, strict=True):
+        assert torch.equal(got, exact)
+
+
+def test_the_norms_kernel_gets_float32(monkeypatch):  # which its values do not show: it rounds at the end only
+    taken, group_norm = [], nn.functional.group_norm
+    monkeypatch.setattr(nn.functional, "group_norm", lambda x, *more: taken.append(x.dtype) or group_norm(x, *more))
+    with torch.autocast("cpu", torch.bfloat16):
+        kept(nn.GroupNorm(32, 64))(torch.randn(2, 64, 12, 12).bfloat16())
+    assert taken == [torch.float32]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(**STRIDED), lambda: nn.GroupNorm(32, 64)], ids=["conv", "norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_autocast_they_are_pytorchs_own(make, dtype):
+    plain = make().to(dtype)
+    x = torch.randn(2, 64, 12, 12, dtype=dtype)
+    want = plain(x)
+    assert torch.equal(kept(plain)(x), want)
+
+
+@pytest.mark.parametrize(
+    ("other", "does"),
+    [
+        ({}, True),
+        ({"stride": 1}, False),
+        ({"stride": 1, "kernel_size": 5}, True),
+        ({"groups": 1}, False),
+        ({"groups": 32}, False),
+        ({"groups": 1, "in_channels": 1}, False),
+        ({"out_channels": 128}, True),
+    ],
+)
+def test_which_convolutions(other, does):
+    assert (type(kept(nn.Conv2d(**STRIDED | other))) is Float32Conv2d) is does
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "norms"),
+    [("torchvision/fcos_mobilenet_v3_small_fpn", 10, 8), ("transformers/d_fine", 29, 0)],
+)
+def test_a_detectors_slow_layers_are_kept(name, convolutions, norms):
+    detector, _ = build_detector(ModelConfig(name=name, weights="none", fpn_channels=64), CLASSES)
+    kinds = [type(module) for module in detector.modules()]
+    assert (kinds.count(Float32Conv2d), kinds.count(Float32GroupNorm)) == (convolutions, norms)
