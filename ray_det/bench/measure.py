@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -155,11 +156,20 @@ def machine() -> dict[str, Any]:
     installed = {d.name.lower(): d.version for d in metadata.distributions() if d.name.lower() in PACKAGES}
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
         "threads": torch.get_num_threads() if torch else None,
         "versions": {"python": platform.python_version()} | installed,
     }
+
+
+def _processor() -> str:
+    """Its name and the instruction sets that decide what is fast: `Intel(R) Xeon(R) Processor (avx2 avx512f)`."""
+    file = Path("/proc/cpuinfo")
+    told = file.read_text() if file.exists() else ""
+    name = re.search(r"^model name\s*: (.+)", told, re.MULTILINE)
+    sets = [one for one in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {one} " in told]
+    return f"{name[1] if name else platform.machine()} ({' '.join(sets)})"
 
 
 def _target(text: str) -> tuple[str, float, bool]:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class Task(Section):
     batch_size: int
     steps: int
     skipped: int  # first steps, which are not counted
-    precision: str
+    precision: Literal["fp32", "bf16"]
     threads: int  # of torch, in the process that trains
     loaders: int  # processes that load
     lr: float = 1e-4
@@ -164,12 +164,10 @@ def prepared(task: Task) -> tuple[torch.device, bool]:
     """(device, whether to autocast to bfloat16) of a peer's process, with its threads and seed set."""
     import torch
 
-    from ray_det.models.compute import use_bf16
-
     torch.set_num_threads(task.threads)
     torch.manual_seed(task.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device, use_bf16(task.precision, device)
+    return device, task.precision == "bf16"
 
 
 def main(train: Callable[[Task], None]) -> None:

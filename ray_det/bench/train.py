@@ -101,7 +101,12 @@ def _data(config: Config) -> tuple[Path, str, int]:
 
 
 def _task(config: Config, name: str, data: Path, root: str, classes: int) -> Task:
+    import torch
+
+    from ray_det.models.compute import use_bf16
+
     cores = len(os.sched_getaffinity(0))
+    bf16 = use_bf16(config.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Task(
         data=str(data),
         root=root,
@@ -109,7 +114,8 @@ def _task(config: Config, name: str, data: Path, root: str, classes: int) -> Tas
         model=MODELS[name],
         threads=config.threads or cores,
         loaders=config.loaders or cores,
-        **{name: getattr(config, name) for name in ("image_size", "batch_size", "steps", "skipped", "precision")},
+        precision="bf16" if bf16 else "fp32",
+        **{name: getattr(config, name) for name in ("image_size", "batch_size", "steps", "skipped")},
     )
 
 

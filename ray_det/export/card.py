@@ -85,9 +85,9 @@ def _parity_lines(parity: Parity | None) -> list[str]:
     if parity is None:
         return ["Not compared: no images were given."]
     lines = [
-        f"On {parity.images} images, {parity.agreeing} of {parity.detections} detections (both sides, from a score of "
-        f"{SHOWN_SCORE} on) have a partner of their class within {MAX_BOX_PX} pixels and {MAX_SCORE:g} of the score; "
-        f"the farthest partners are {parity.worst_box_px:.2g} pixels and {parity.worst_score:.2g} apart."
+        f"On {parity.images} images, both in float32, {parity.agreeing} of {parity.detections} detections (both sides, "
+        f"from a score of {SHOWN_SCORE} on) have a partner of their class within {MAX_BOX_PX} pixels and {MAX_SCORE:g} "
+        f"of the score; the farthest partners are {parity.worst_box_px:.2g} pixels and {parity.worst_score:.2g} apart."
     ]
     if parity.ap_checkpoint is not None:
         lines += ["", f"AP of the checkpoint {parity.ap_checkpoint:.4f}, of the ONNX file {parity.ap_onnx:.4f}."]

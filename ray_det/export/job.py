@@ -53,7 +53,7 @@ def export(job: ExportJob) -> Parity | None:
         TrainingError: what was exported does not answer as the checkpoint; it is written all the same.
     """
     checkpoint = open_checkpoint(job.checkpoint)
-    predictor = Predictor(checkpoint, CPU)
+    predictor = Predictor(checkpoint, CPU, precision="fp32")  # as the file computes
     graph = graph_of(checkpoint.build(CPU))
     divisor = graph.detector.size_divisor
     if job.canvas and any(side % divisor for side in job.canvas):

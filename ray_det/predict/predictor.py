@@ -50,11 +50,22 @@ def open_checkpoint(location: str) -> Checkpoint:
 class Predictor:
     """A detector with its classes. Boxes are in pixels of the stored image; EXIF orientations are not applied."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, limits: ImageLimits | None = None) -> None:
-        """`limits`: of image files; default: as in training."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        limits: ImageLimits | None = None,
+        precision: str | None = None,
+    ) -> None:
+        """
+        Args:
+            limits: of image files; default: as in training.
+            precision: `auto`, `fp32` or `bf16`; default: as in training.
+        """
         self.classes: ClassList = checkpoint.classes
         self.device = device
         self._config = checkpoint.config
+        self._bf16 = use_bf16(precision or checkpoint.config.train.precision, device)
         self._limits = limits or checkpoint.config.data.limits
         self._detector: Detector = checkpoint.build(device)
 
@@ -82,8 +93,7 @@ class Predictor:
         """Detections of every batch's images, by a forward pass each. Images of one canvas make one batch
         (`MicroBatch.joined`), and find what they find alone.
         """
-        bf16 = use_bf16(self._config.train.precision, self.device)
-        for inferred in infer(self._detector, batches, self.device, bf16=bf16):
+        for inferred in infer(self._detector, batches, self.device, bf16=self._bf16):
             yield inferred.detections
 
     def _decode(self, image: Any) -> tuple[np.ndarray, tuple[int, int]]:

@@ -32,7 +32,8 @@ def export(model: Path, output: Path, *more: object) -> int:
 
 @pytest.fixture(scope="module")
 def detr(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("detr") / "model", "detr")
+    """Trained in bfloat16, as on a GPU; files compute in float32."""
+    return write_checkpoint(tmp_path_factory.mktemp("detr") / "model", "detr", precision="bf16")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,10 @@ def test_it_answers_as_the_checkpoint_on_other_batches_and_canvases(exported, de
     report = json.loads((exported / "parity.json").read_text())
     assert report["passed"] and report["images"] == 7 and report["detections"] > 7
     assert report["ap_onnx"] == pytest.approx(report["ap_checkpoint"], abs=1e-3)
-    detector, session = ray_det.load(str(detr), device="cpu"), OnnxDetector(exported / "model.onnx", 1)
+    detector, session = (
+        ray_det.load(str(detr), device="cpu", precision="fp32"),
+        OnnxDetector(exported / "model.onnx", 1),
+    )
     batches = [detector.prepare(path, i) for i, path in enumerate((small_coco["val"].parent / "images").glob("v*.jpg"))]
     assert len({b.pixels_BHW3.shape for b in batches}) > 2
     for one in batches:

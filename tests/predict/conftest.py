@@ -20,16 +20,19 @@ from tests.models.zoo import FAMILIES, spread_scores
 CLASSES = ClassList(("disc", "box", "triangle"), (1, 3, 7))
 
 
-def write_checkpoint(folder: Path, family: str = "fcos", seed: int = 0, **data: object) -> Path:
+def write_checkpoint(
+    folder: Path, family: str = "fcos", seed: int = 0, precision: str = "auto", **data: object
+) -> Path:
     torch.manual_seed(seed)
-    return save_checkpoint(spread_scores(build_detector(FAMILIES[family], CLASSES)[0]), family, folder, **data)
+    detector = spread_scores(build_detector(FAMILIES[family], CLASSES)[0])
+    return save_checkpoint(detector, family, folder, precision, **data)
 
 
-def save_checkpoint(detector: Detector, family: str, folder: Path, **data: object) -> Path:
+def save_checkpoint(detector: Detector, family: str, folder: Path, precision: str = "auto", **data: object) -> Path:
     config = {
         "model": FAMILIES[family].model_dump(),
         "data": {"image_size": 96} | data,
-        "train": {"global_batch_size": 4},
+        "train": {"global_batch_size": 4, "precision": precision},
     }
     Snapshot.of(detector, None, TrainState(), RunFacts(config, CLASSES, {}, "id")).write(folder)
     return folder
