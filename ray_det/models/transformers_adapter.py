@@ -23,7 +23,7 @@ from torch.profiler import record_function
 from torchvision.ops import box_convert
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ray_det.models.cpu_bf16 import keep_in_float32
+from ray_det.models.cpu_bf16 import keep_attention_in_float32, keep_in_float32
 from ray_det.models.criterion import without_syncs
 from ray_det.models.detector import Batch, Detector, Prediction
 from ray_det.types import IMAGENET_MEAN, UserError
@@ -77,6 +77,7 @@ class TransformersDetector(Detector):
             if EXACT_HEADS.search(name) and not isinstance(module, nn.ModuleList):
                 cast(nn.Module, module).__class__ = in_full_precision(type(module))
         keep_in_float32(network)
+        keep_attention_in_float32()
         self._takes_mask = "pixel_mask" in inspect.signature(network.forward).parameters
         self._unreached: dict[bool, tuple[str, ...]] = {}
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ray_det.config import ModelConfig
 from ray_det.models.build import build_detector
-from ray_det.models.cpu_bf16 import Float32Conv2d, Float32GroupNorm, keep_in_float32
-from tests.models.zoo import CLASSES
+from ray_det.models.cpu_bf16 import Float32Conv2d, Float32GroupNorm, keep_attention_in_float32, keep_in_float32
+from tests.models.zoo import CLASSES, FAMILIES, batch
 
 STRIDED: dict[str, Any] = {
     "in_channels": 64,
@@ -62,6 +64,29 @@ def test_without_autocast_they_are_pytorchs_own(make, dtype):
     x = torch.randn(2, 64, 12, 12, dtype=dtype)
     want = plain(x)
     assert torch.equal(kept(plain)(x), want)
+
+
+def test_attention_of_transformers_is_computed_in_float32(monkeypatch):
+    detector, _ = build_detector(FAMILIES["d_fine"], CLASSES)
+    taken, attention = [], nn.functional.scaled_dot_product_attention
+
+    def spied(query, key, value, attn_mask=None, **more):
+        taken.append({t.dtype for t in (query, key, value, attn_mask) if t is not None and t.is_floating_point()})
+        return attention(query, key, value, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spied)
+    with torch.autocast("cpu", torch.bfloat16):
+        detector.train().loss(batch(2))["loss"].backward()
+    assert len(taken) > 1 and all(kinds == {torch.float32} for kinds in taken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_autocast_is_the_librarys_own(dtype):
+    keep_attention_in_float32()
+    module, (query, key, value) = nn.Module(), torch.randn(3, 2, 4, 20, 8, dtype=dtype)
+    want, _ = sdpa_attention_forward(module, query, key, value, None, is_causal=False)
+    got, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, is_causal=False)
+    assert torch.equal(got, want) and got.dtype == dtype
 
 
 @pytest.mark.parametrize(
