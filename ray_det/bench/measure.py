@@ -164,12 +164,12 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name and the instruction sets that decide what is fast: `Intel(R) Xeon(R) Processor (avx2 avx512f)`."""
+    """Its name and the instruction sets that decide what is fast: `Intel(R) Xeon(R) Processor avx2 avx512f`."""
     file = Path("/proc/cpuinfo")
     told = file.read_text() if file.exists() else ""
     name = re.search(r"^model name\s*: (.+)", told, re.MULTILINE)
     sets = [one for one in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {one} " in told]
-    return f"{name[1] if name else platform.machine()} ({' '.join(sets)})"
+    return " ".join([name[1] if name else platform.machine(), *sets])
 
 
 def _target(text: str) -> tuple[str, float, bool]:

@@ -17,8 +17,8 @@ from torchvision.models import WeightsEnum, detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ray_det.models.cpu_bf16 import keep_in_float32
 from ray_det.models.detector import Detector
+from ray_det.models.precision import keep_in_float32
 from ray_det.models.torchvision_adapter import DenseDetector, TwoStageDetector
 from ray_det.models.torchvision_backbones import Pyramid, build_trunk, freeze_batchnorm
 from ray_det.models.weights import WeightsReport, load_weights, read_weights

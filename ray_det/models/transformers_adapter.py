@@ -12,7 +12,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -23,9 +22,9 @@ from torch.profiler import record_function
 from torchvision.ops import box_convert
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ray_det.models.cpu_bf16 import keep_attention_in_float32, keep_in_float32
 from ray_det.models.criterion import without_syncs
 from ray_det.models.detector import Batch, Detector, Prediction
+from ray_det.models.precision import as_float, in_full_precision, keep_attention_in_float32, keep_in_float32
 from ray_det.types import IMAGENET_MEAN, UserError
 
 MIXES_QUERIES = Version(transformers.__version__) < Version("5.18")
@@ -220,27 +219,6 @@ def one_process() -> Iterator[None]:
         yield
     finally:
         PartialState._shared_state = shared
-
-
-@cache
-def in_full_precision(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass whose forward leaves the caller's autocast and takes its floating inputs as float32."""
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        with torch.autocast(device, enabled=False):
-            return kind.forward(self, *(as_float(a) for a in args), **{k: as_float(v) for k, v in kwargs.items()})
-
-    return type(f"Exact{kind.__name__}", (kind,), {"forward": forward})
-
-
-def as_float(value: Any) -> Any:
-    """float32 in place of lower precisions, also inside lists and tuples."""
-    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-        return value.float()
-    if isinstance(value, list | tuple):
-        return type(value)(as_float(v) for v in value)
-    return value
 
 
 def parameters_in_graph(loss: Tensor) -> set[int]:

@@ -61,7 +61,12 @@ class Predictor:
         Args:
             limits: of image files; default: as in training.
             precision: `auto`, `fp32` or `bf16`; default: as in training.
+
+        Raises:
+            UserError: another precision.
         """
+        if precision not in (None, "auto", "fp32", "bf16"):
+            raise UserError(f"precision '{precision}': expected auto, fp32 or bf16")
         self.classes: ClassList = checkpoint.classes
         self.device = device
         self._config = checkpoint.config

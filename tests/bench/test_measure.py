@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from ray_det.bench.measure import Arm, compare, single, table
 
@@ -28,6 +29,7 @@ def test_arms_take_turns_and_the_ratio_is_of_neighbours():
     assert (figure.value, figure.peer_value, figure.ratio, figure.met) == (2, 4, 0.5, True)
     line = json.loads(json.dumps(figure.to_json()))
     assert (line["values"], line["peer_values"], line["met"]) == ([2, 2, 20], [1, 4, 40], True)
+    assert ("amx_bf16" in line["machine"]["processor"]) is torch.cpu._is_amx_tile_supported()
     assert line["machine"]["cores"] >= 1 and line["machine"]["versions"]["torch"]
 
 

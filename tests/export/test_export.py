@@ -65,10 +65,8 @@ def test_it_answers_as_the_checkpoint_on_other_batches_and_canvases(exported, de
     report = json.loads((exported / "parity.json").read_text())
     assert report["passed"] and report["images"] == 7 and report["detections"] > 7
     assert report["ap_onnx"] == pytest.approx(report["ap_checkpoint"], abs=1e-3)
-    detector, session = (
-        ray_det.load(str(detr), device="cpu", precision="fp32"),
-        OnnxDetector(exported / "model.onnx", 1),
-    )
+    detector = ray_det.load(str(detr), device="cpu", precision="fp32")
+    session = OnnxDetector(exported / "model.onnx", 1)
     batches = [detector.prepare(path, i) for i, path in enumerate((small_coco["val"].parent / "images").glob("v*.jpg"))]
     assert len({b.pixels_BHW3.shape for b in batches}) > 2
     for one in batches:

@@ -191,3 +191,8 @@ def test_many_files_of_an_object_store_are_read_at_once(job, small_coco, s3, mon
     with far_away(s3, monkeypatch, 0.1) as storage:
         run(replace(job, read=inputs.read), inputs)
     assert storage.most_at_once >= 8
+
+
+def test_an_unknown_precision_is_refused(checkpoint):
+    with pytest.raises(UserError, match="precision 'fp16': expected auto, fp32 or bf16"):
+        ray_det.load(str(checkpoint), device="cpu", precision="fp16")  # pyright: ignore[reportArgumentType]

@@ -1,20 +1,42 @@
-"""Layers that stay float32 under bfloat16 autocast on CPUs, where PyTorch has only slow kernels for them.
+"""What stays float32 under bfloat16 autocast: modules that must be exact, and layers that are slow in bfloat16 on CPUs.
 
 On AMX the backward pass of a depthwise convolution with strides or a kernel of 5x5 takes 4 to 18 times as long in
 bfloat16 as in float32, group norm of a channels-last input 2 to 5 times, and that of attention 2 to 25 times: each of
-its many small products allocates memory, for which threads wait for each other. All else gains.
+its many small products allocates memory, for which threads wait for each other. Most else gains.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+@cache
+def in_full_precision(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose forward leaves the caller's autocast and takes its floating inputs as float32."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return kind.forward(self, *(as_float(a) for a in args), **{k: as_float(v) for k, v in kwargs.items()})
+
+    return type(f"Exact{kind.__name__}", (kind,), {"forward": forward})
+
+
+def as_float(value: Any) -> Any:
+    """float32 in place of lower precisions, also inside lists and tuples."""
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    if isinstance(value, list | tuple):
+        return type(value)(as_float(v) for v in value)
+    return value
+
+
 def keep_in_float32(network: nn.Module) -> None:
-    """Let these layers leave a CPU's autocast. Weights and their names stay."""
+    """Let those layers leave a CPU's autocast. Weights and their names stay."""
     for module in network.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = Float32GroupNorm
@@ -56,15 +78,11 @@ def keep_attention_in_float32() -> None:
         if not _autocast(query):
             return sdpa_attention_forward(module, query, *given, **more)
         with torch.autocast("cpu", enabled=False):
-            given = tuple(_as_float(one) for one in (query, *given))
-            out, weights = sdpa_attention_forward(module, *given, **{k: _as_float(v) for k, v in more.items()})
+            given = tuple(as_float(one) for one in (query, *given))
+            out, weights = sdpa_attention_forward(module, *given, **{k: as_float(v) for k, v in more.items()})
         return out.to(query.dtype), weights
 
     AttentionInterface.register("sdpa", attention)
-
-
-def _as_float(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _autocast(input: Tensor) -> bool:

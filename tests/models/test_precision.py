@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ray_det.config import ModelConfig
 from ray_det.models.build import build_detector
-from ray_det.models.cpu_bf16 import Float32Conv2d, Float32GroupNorm, keep_attention_in_float32, keep_in_float32
+from ray_det.models.precision import Float32Conv2d, Float32GroupNorm, keep_attention_in_float32, keep_in_float32
 from tests.models.zoo import CLASSES, FAMILIES, batch
 
 STRIDED: dict[str, Any] = {
