@@ -75,7 +75,7 @@ def _figure(
     torch.compiler.reset()  # else the next shapes count as too many recompilations, and stay eager
     ours, optimizer = build(model, CLASSES, OptimConfig(), device)
     if mode == "compiled":
-        compile_networks(ours)
+        compile_networks(ours, many_shapes=False)
     step = partial(train_step, ours, optimizer, [micro], device=device, clip_norm=0.1, seed=0, global_step=0, bf16=bf16)
     for _ in range(3):  # compilation, choice of kernels
         step()

@@ -66,6 +66,11 @@ class EpochPlan:
     def steps(self) -> int:
         return len(self.rows_SMB)
 
+    @property
+    def one_canvas(self) -> bool:
+        """Whether all steps have the same."""
+        return bool((self.canvas_S2 == self.canvas_S2[:1]).all())
+
     def micro_batches_of(self, rank: int, world: int) -> range:
         """Rank `rank`'s micro-batches of every step: M / world of them, rounded up or down.
 

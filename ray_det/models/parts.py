@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
+import torch
 from torch import nn
 
 from ray_det.models.detector import Detector
@@ -21,10 +23,18 @@ def backbone_of(detector: Detector, option: str) -> nn.Module:
     return detector.backbone
 
 
-def compile_networks(detector: Detector) -> None:
-    """`torch.compile` in place: the names of weights stay. Its first calls take a minute and more."""
+def compile_networks(detector: Detector, *, many_shapes: bool, **options: Any) -> None:
+    """`torch.compile` in place: the names of weights stay. Its first calls take minutes.
+
+    Args:
+        many_shapes: batches differ in canvas or size, which are symbols from the first compilation on. Otherwise the
+            first shape is a constant, and compiled for better; the second would be compiled for as a symbol.
+        options: more arguments of `torch.compile`.
+    """
+    # D-FINE and RT-DETR check a tensor's value in every layer, which would cut their decoder into pieces.
+    torch._dynamo.config.capture_scalar_outputs = True
     for module in detector.networks:
-        module.compile()
+        module.compile(dynamic=True if many_shapes else None, **options)
 
 
 def sync_batch_norms(detector: Detector) -> None:

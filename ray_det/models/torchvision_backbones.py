@@ -52,7 +52,8 @@ class Trunk(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> OrderedDict[str, Tensor]:
         """ "0", "1", ...: (B, C, H / stride, W / stride) of each stride."""
-        x, maps = images_B3HW, OrderedDict[str, Tensor]()
+        x = images_B3HW
+        maps: OrderedDict[str, Tensor] = OrderedDict()  # torch.compile cannot follow a call of OrderedDict[str, Tensor]
         for path in self.paths:
             x = self.get_submodule(path)(x)
             if path in self.levels:

@@ -49,6 +49,8 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         state = replace(state, phase="train")  # more epochs were asked for
     work, trains = Work(job, runtime.rank, runtime.world, detector.size_divisor), state.phase == "train"
     upcoming = work.epoch(state.epoch, state.step) if trains and state.has_next(config) else None
+    if config.train.compile and upcoming:
+        compile_networks(detector, many_shapes=not upcoming.plan.one_canvas)
     runtime.expect([upcoming.shard] if upcoming else [])  # a tracker takes its time
     if checkpoint and runtime.is_main:
         runtime.notify({"message": _goes_on(state, runtime.world)})
@@ -79,8 +81,6 @@ def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Dete
     if config.train.sync_batch_norm and runtime.group:
         sync_batch_norms(detector)
     detector.to(runtime.device).train()
-    if config.train.compile:
-        compile_networks(detector)
     return detector
 
 
