@@ -56,26 +56,31 @@ from ray_det.train.torch_trainer import TorchTrainer
 def states():
     return [group["state"] for group in placement_group_table().values()]
 
-def wait_for(state):
+def wait_for(what):
     until = time.monotonic() + 90
-    while states() != [state]:
+    while not what():
         assert time.monotonic() < until, states()
         time.sleep(0.5)
+
+def train(config):
+    open(config["begun"], "w").close()
+    time.sleep(600)
 
 class Trial:
     def fit(self, folder):
         from ray.train import RunConfig, ScalingConfig
         run = RunConfig(name="run", storage_path=folder)
-        TorchTrainer(lambda config: time.sleep(600), {}, ScalingConfig(num_workers=1), run, print).fit()
+        TorchTrainer(train, {"begun": begun}, ScalingConfig(num_workers=1), run, print).fit()
 
+begun = os.path.join(sys.argv[1], "begun")
 ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False)
 cluster = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
 trial = ray.remote(Trial).options(num_cpus=0, runtime_env=cluster).remote()
 trial.fit.remote(sys.argv[1])
-wait_for("CREATED")
-time.sleep(10)  # the worker starts
+wait_for(lambda: os.path.exists(begun))
+assert states() == ["CREATED"]
 ray.kill(trial)
-wait_for("REMOVED")
+wait_for(lambda: states() == ["REMOVED"])
 """
 
 ASKED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "ACCELERATE_TORCH_DEVICE")
