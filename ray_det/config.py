@@ -99,7 +99,7 @@ class TrainConfig(Section):
         default=True, description="go on training while a copy of weights and optimizer is written"
     )
     compile: bool = Field(
-        default=False, description="torch.compile the network: minutes at the start, then faster; costs exact resume"
+        default=False, description="torch.compile the network, for GPUs: minutes at the start; costs exact resume"
     )
     sync_batch_norm: bool = Field(
         default=False, description="batch norms take their statistics over all workers; on GPUs only"
