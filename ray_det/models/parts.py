@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as symbolic_shapes
 
 from ray_det.models.detector import Detector
 from ray_det.models.torchvision_backbones import FrozenBatchNorm, freeze_batchnorm
@@ -28,11 +29,13 @@ def compile_networks(detector: Detector, *, many_shapes: bool, **options: Any) -
 
     Args:
         many_shapes: batches differ in canvas or size, which are symbols from the first compilation on. Otherwise the
-            first shape is a constant, and compiled for better; the second would be compiled for as a symbol.
+            first shape is a constant, and compiled for better; a second one would be compiled for as a symbol.
         options: more arguments of `torch.compile`.
     """
     # D-FINE and RT-DETR check a tensor's value in every layer, which would cut their decoder into pieces.
     torch._dynamo.config.capture_scalar_outputs = True
+    # Sides that are equal by chance, as those of a square canvas, would be one symbol, and others compiled for anew.
+    symbolic_shapes.use_duck_shape = False
     for module in detector.networks:
         module.compile(dynamic=True if many_shapes else None, **options)
 
