@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from ray_det.bench.alone import open_alone
 from ray_det.config import TrainJobConfig
@@ -69,6 +70,24 @@ def test_the_last_epochs_are_loaded_without_composing(session):
         shares = [getattr(spec.augment, name) for name in ("mosaic", "mixup", "copy_paste", "iou_crop")]
         assert shares == ([0.5, 0.2, 0.1, 0.3] if epoch < 5 else [0, 0, 0, 0])
     assert session.work.evaluation("train").spec.augment is None
+
+
+@pytest.mark.parametrize("resize, dynamic", [("longest", True), ("square", None)])
+def test_what_is_compiled_knows_whether_canvases_differ(resize, dynamic, small_coco, tmp_path, monkeypatch):
+    """All but the compilation, which takes minutes. The moving average is evaluated, in other shapes, and is not."""
+    asked = {
+        "storage": str(tmp_path / "runs"),
+        "data": {"train": str(small_coco["train"]), "image_size": 640, "resize": resize},
+        "model": FAMILIES["fcos"].model_dump(),
+        "optim": {"ema_decay": 0.99},
+        "train": {"epochs": 1, "global_batch_size": 2, "compile": True},
+        "wandb": {"mode": "disabled"},
+    }
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
+    job = begin(TrainJobConfig.model_validate(asked), 0.0, lambda text: None, map_in_threads)
+    opened = open_alone(job, 1, lambda work: iter(load(work)))
+    assert compiled == [(module, {"dynamic": dynamic}) for module in opened.detector.networks]
 
 
 @pytest.mark.parametrize("steps", [4, 1])
