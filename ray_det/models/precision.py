@@ -1,14 +1,19 @@
-"""What stays float32 under bfloat16 autocast: modules that must be exact, and layers that are slow in bfloat16 on CPUs.
+"""What stays float32 under bfloat16 autocast: modules that must be exact, and layers that CPUs do badly in bfloat16.
 
-On AMX the backward pass of a depthwise convolution with strides or a kernel of 5x5 takes 4 to 18 times as long in
-bfloat16 as in float32, group norm of a channels-last input 2 to 5 times, and that of attention 2 to 25 times: each of
-its many small products allocates memory, for which threads wait for each other. Most else gains.
+Some are wrong with AMX. Where a convolution strides over columns and its answer has one, as on the coarse levels of a
+narrow canvas, oneDNN 3.12 reads memory that nobody wrote: answers and the weights' gradient may be anything, as for
+https://github.com/pytorch/pytorch/issues/169688. So may the latter of dilated depthwise convolutions; the answers of
+4x4 patches of 16 or 24 channels are wrong.
+
+Some are slow there. The backward pass of a depthwise convolution with strides or a kernel of 5x5 takes 4 to 18 times as
+long in bfloat16 as in float32, group norm of a channels-last input 2 to 5 times, and that of attention 2 to 25 times:
+each of its many small products allocates memory, for which threads wait for each other. Most else gains.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +45,23 @@ def keep_in_float32(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = Float32GroupNorm
-        elif type(module) is nn.Conv2d and _is_slow(module):
+        elif type(module) is nn.Conv2d and (_is_slow(module) or _is_wrong(module)):
             module.__class__ = Float32Conv2d
+        elif type(module) is nn.Conv2d and module.stride[1] > 1:
+            module.__class__ = ColumnsConv2d
 
 
 def _is_slow(layer: nn.Conv2d) -> bool:
-    depthwise = 1 < layer.groups == layer.in_channels
-    return depthwise and (layer.stride != (1, 1) or max(layer.kernel_size) > 3)
+    return _is_depthwise(layer) and (layer.stride != (1, 1) or max(layer.kernel_size) > 3)
+
+
+def _is_wrong(layer: nn.Conv2d) -> bool:
+    patches = layer.kernel_size == layer.stride == (4, 4) and layer.in_channels > 3
+    return patches or (_is_depthwise(layer) and layer.dilation != (1, 1))
+
+
+def _is_depthwise(layer: nn.Conv2d) -> bool:
+    return 1 < layer.groups == layer.in_channels
 
 
 class Float32GroupNorm(nn.GroupNorm):
@@ -62,11 +77,26 @@ class Float32Conv2d(nn.Conv2d):
     """A convolution that a CPU computes in float32; its answer has the precision around it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _autocast(input):
-            return super().forward(input)
-        with torch.autocast("cpu", enabled=False):
-            out = super().forward(input.float())
-        return out.to(torch.get_autocast_dtype("cpu"))
+        return _in_float32(self, input) if _autocast(input) else super().forward(input)
+
+
+class ColumnsConv2d(nn.Conv2d):
+    """A convolution with strides, that a CPU computes in float32 where its answer has one column."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        wrong = _autocast(input) and self._has_one_column(input.shape[3])
+        return _in_float32(self, input) if wrong else super().forward(input)
+
+    def _has_one_column(self, width: int) -> bool:
+        (_, padding), (_, stride) = cast("tuple[int, int]", self.padding), self.stride
+        reach = self.dilation[1] * (self.kernel_size[1] - 1) + 1
+        return width + 2 * padding < reach + stride
+
+
+def _in_float32(layer: nn.Conv2d, input: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        out = nn.Conv2d.forward(layer, input.float())
+    return out.to(torch.get_autocast_dtype("cpu"))
 
 
 def keep_attention_in_float32() -> None:

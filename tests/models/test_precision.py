@@ -113,3 +113,55 @@ def test_a_detectors_slow_layers_are_kept(name, convolutions, norms):
     detector, _ = build_detector(ModelConfig(name=name, weights="none", fpn_channels=64), CLASSES)
     kinds = [type(module) for module in detector.modules()]
     assert (kinds.count(Float32Conv2d), kinds.count(Float32GroupNorm)) == (convolutions, norms)
+
+
+NARROW = [
+    {"stride": 2, "size": (1, 1)},
+    {"stride": 2, "size": (10, 2)},
+    {"stride": 2, "size": (20, 1)},
+    {"stride": (1, 2), "size": (5, 1)},
+    {"stride": 3, "size": (20, 2)},
+    {"stride": 2, "size": (32, 3), "padding": 0},
+    {"stride": 2, "size": (20, 3), "kernel_size": 2, "padding": 0},
+    {"stride": 4, "size": (32, 3), "kernel_size": 7, "padding": 3},
+    {"stride": 2, "size": (32, 4), "dilation": 2},
+    {"stride": 1, "size": (10, 40), "in_channels": 24, "out_channels": 24, "groups": 24, "dilation": 2},
+    {"stride": 4, "size": (16, 16), "in_channels": 24, "kernel_size": 4, "padding": 0},
+]
+"""What oneDNN 3.12 does wrongly on AMX."""
+
+
+@pytest.mark.parametrize("case", NARROW, ids=str)
+def test_convolutions_in_bfloat16_are_right_whatever_memory_held_before(case):
+    torch.manual_seed(0)
+    options = STRIDED | {"groups": 1} | case
+    height, width = options.pop("size")
+    layer = kept(nn.Conv2d(**options))
+    x = torch.randn(2, layer.in_channels, height, width).contiguous(memory_format=torch.channels_last)
+    want = layer(x)
+    grad = torch.randn_like(want)
+    wanted = want, *torch.autograd.grad(want, [*layer.parameters()], grad)
+    for _ in range(5):
+        for size in (2**n for n in range(6, 20)):
+            torch.full((size,), 1e30)  # freed at once, for the next one who does not fill what is given
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        got = out, *torch.autograd.grad(out, [*layer.parameters()], grad.bfloat16())
+        for one, exact in zip(got, wanted, strict=True):
+            assert (one.float() - exact).abs().max() <= 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("case", "float32"),
+    [({}, True), ({"size": (10, 3)}, False), ({"stride": (2, 1)}, False), ({"size": (10, 1), "stride": 1}, False)],
+)
+def test_only_answers_of_one_column_leave_bfloat16(case, float32, monkeypatch):
+    options = STRIDED | {"groups": 1, "size": (10, 2)} | case
+    size, taken, forward = options.pop("size"), [], nn.Conv2d._conv_forward
+    monkeypatch.setattr(
+        nn.Conv2d, "_conv_forward", lambda self, x, *more: taken.append(x.dtype) or forward(self, x, *more)
+    )
+    layer, x = kept(nn.Conv2d(**options)), torch.randn(2, 64, *size).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert (taken == [torch.float32]) is float32
