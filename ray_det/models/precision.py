@@ -13,7 +13,7 @@ each of its many small products allocates memory, for which threads wait for eac
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,9 @@ class ColumnsConv2d(nn.Conv2d):
         return _in_float32(self, input) if wrong else super().forward(input)
 
     def _has_one_column(self, width: int) -> bool:
-        (_, padding), (_, stride) = cast("tuple[int, int]", self.padding), self.stride
+        padding = 0 if isinstance(self.padding, str) else self.padding[1]  # PyTorch has no "same" with strides
         reach = self.dilation[1] * (self.kernel_size[1] - 1) + 1
-        return width + 2 * padding < reach + stride
+        return width + 2 * padding < reach + self.stride[1]
 
 
 def _in_float32(layer: nn.Conv2d, input: Tensor) -> Tensor:

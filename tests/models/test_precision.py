@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,8 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ray_det.config import ModelConfig
 from ray_det.models.build import build_detector
+from ray_det.models.detector import to_device
 from ray_det.models.precision import Float32Conv2d, Float32GroupNorm, keep_attention_in_float32, keep_in_float32
-from tests.models.zoo import CLASSES, FAMILIES, batch
+from ray_det.types import MicroBatch
+from tests.models.zoo import CLASSES, CPU, FAMILIES, batch, build, gradients
 
 STRIDED: dict[str, Any] = {
     "in_channels": 64,
@@ -121,7 +124,7 @@ NARROW = [
     {"stride": 2, "size": (20, 1)},
     {"stride": (1, 2), "size": (5, 1)},
     {"stride": 3, "size": (20, 2)},
-    {"stride": 2, "size": (32, 3), "padding": 0},
+    {"stride": 2, "size": (32, 3), "padding": "valid"},
     {"stride": 2, "size": (20, 3), "kernel_size": 2, "padding": 0},
     {"stride": 4, "size": (32, 3), "kernel_size": 7, "padding": 3},
     {"stride": 2, "size": (32, 4), "dilation": 2},
@@ -131,19 +134,24 @@ NARROW = [
 """What oneDNN 3.12 does wrongly on AMX."""
 
 
+def fill(junk: float) -> None:
+    """Memory that is free at once again, for the next one who does not write to what is given."""
+    for size in (2**n for n in range(6, 20)):
+        torch.full((size,), junk)
+
+
 @pytest.mark.parametrize("case", NARROW, ids=str)
 def test_convolutions_in_bfloat16_are_right_whatever_memory_held_before(case):
     torch.manual_seed(0)
     options = STRIDED | {"groups": 1} | case
     height, width = options.pop("size")
     layer = kept(nn.Conv2d(**options))
-    x = torch.randn(2, layer.in_channels, height, width).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, options["in_channels"], height, width).contiguous(memory_format=torch.channels_last)
     want = layer(x)
     grad = torch.randn_like(want)
     wanted = want, *torch.autograd.grad(want, [*layer.parameters()], grad)
     for _ in range(5):
-        for size in (2**n for n in range(6, 20)):
-            torch.full((size,), 1e30)  # freed at once, for the next one who does not fill what is given
+        fill(1e30)
         with torch.autocast("cpu", torch.bfloat16):
             out = layer(x)
         got = out, *torch.autograd.grad(out, [*layer.parameters()], grad.bfloat16())
@@ -165,3 +173,22 @@ def test_only_answers_of_one_column_leave_bfloat16(case, float32, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert (taken == [torch.float32]) is float32
+
+
+@pytest.mark.parametrize("family", ["fcos", "retinanet"])
+def test_a_narrow_canvas_gives_the_same_gradients_whatever_memory_held_before(family):
+    detector, size = build(family).train(), np.array([[320, 64]], np.int32)
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 320, 64, 3), np.uint8)
+    boxes, labels = [np.array([[2, 2, 40, 90]], np.float32)], [np.array([0])]
+    narrow = to_device(MicroBatch(0, 0, 0, pixels, size, size, np.array([1]), boxes, labels), CPU)
+    found = []
+    for junk in (1e30, float("nan"), 0.0):
+        detector.zero_grad()
+        torch.manual_seed(0)
+        fill(junk)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = detector(narrow)["loss"]
+        fill(junk)
+        loss.backward()
+        found.append(torch.cat([loss.detach().reshape(1), gradients(detector)]))
+    assert torch.isfinite(found[0]).all() and torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
