@@ -32,7 +32,7 @@ def test_every_figure(monkeypatch):
         figures[figure.figure] = figure
         if figure.figure == "step, with all of the loop":
             assert len(ours) == 3 * config.steps and len(bare) == 2 * config.steps  # once more to load the batches
-    assert [f.arm for f in figures.values()] == ["ray_det", "foreach and fused", "bf16, channels last", "2 workers"]
+    assert [f.arm for f in figures.values()] == ["ray_det", "foreach and fused", "bf16", "2 workers"]
     assert all(f.value > 0 and f.peer_value and f.ratio for f in figures.values())
     tail = figures["clip, AdamW and EMA"].settings
     assert tail["tensors"] > 100 and tail["parameters"] > 10**5
