@@ -13,6 +13,7 @@ import torch
 
 from ray_det import boxes as box_ops
 from ray_det.models.detector import Detector, Prediction, to_device
+from ray_det.models.pinned import pinned
 from ray_det.types import Detections, MicroBatch
 
 
@@ -37,7 +38,7 @@ def infer(
     was_training = detector.training
     detector.eval()
     try:
-        for micro in batches:
+        for micro in pinned(batches, device):
             batch = to_device(micro, device)
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 losses, found = detector.loss_and_predict(batch) if with_loss else (None, detector.predict(batch))

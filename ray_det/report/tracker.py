@@ -18,7 +18,9 @@ class Tracker:
     """Records of one run, under the run folder's local copy. Use on rank 0 only, and `finish()` in a `finally`.
 
     Records are written to `metrics.jsonl` first. wandb gets each record once in the life of a run, also when steps are
-    done again after a restart, and a failing wandb never stops training.
+    done again after a restart, and a failing wandb never stops training. A step's record waits for `flush`, or for
+    whatever else is asked of the tracker: writing it takes one or two milliseconds, for which it is the caller who
+    knows the time.
 
     Args:
         folder: local folder for `metrics.jsonl`, `pictures/` and `wandb/`; made where it is missing.
@@ -51,6 +53,7 @@ class Tracker:
         self._patience_s = patience_s
         self._wandb = WandbRun(folder, config, run_name, run_id, run_config, read_records(self._file.path))
         self._publish = publish
+        self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self._finished = False
 
     @property
@@ -71,7 +74,14 @@ class Tracker:
         """
         if "train/batch_loss" not in record:
             raise ValueError(f"a step's record needs train/batch_loss, got {sorted(record)}")
-        self._log("step", global_step, record)
+        self.flush()
+        self._waiting = global_step, record
+
+    def flush(self) -> None:
+        """Write the record that waits, if there is one."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, None
+            self._write("step", *waiting)
 
     def log_epoch(self, global_step: int, record: Mapping[str, Any]) -> None:
         """The record of an epoch that ended with `global_step`: `train/epoch_avg_loss`, `learning_rate`, `val/*`."""
@@ -82,6 +92,10 @@ class Tracker:
         self._log("test", global_step, record)
 
     def _log(self, kind: Kind, global_step: int, record: Mapping[str, Any]) -> None:
+        self.flush()
+        self._write(kind, global_step, record)
+
+    def _write(self, kind: Kind, global_step: int, record: Mapping[str, Any]) -> None:
         written = self._file.append(global_step, record)
         self._publish(written)
         self._wandb.send(kind, written)
@@ -93,6 +107,7 @@ class Tracker:
         """
         if not pictures:
             return
+        self.flush()
         self._wandb.send_pictures(global_step, pictures, names)
         folder = self.folder / "pictures"
         folder.mkdir(exist_ok=True)
@@ -108,5 +123,8 @@ class Tracker:
         """Close the file and the wandb run; a second call does nothing."""
         if not self._finished:
             self._finished = True
-            self._file.close()
-            self._wandb.finish(exit_code)
+            try:
+                self.flush()
+            finally:
+                self._file.close()
+                self._wandb.finish(exit_code)

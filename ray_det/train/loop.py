@@ -20,6 +20,7 @@ from typing import NoReturn
 from torch.profiler import record_function
 
 from ray_det.data.plan import EpochPlan
+from ray_det.models.pinned import pinned
 from ray_det.train.finish import finish
 from ray_det.train.job import Job
 from ray_det.train.opening import open_session
@@ -98,7 +99,7 @@ def train_steps(session: Session, epoch: Epoch) -> None:
     """The steps of an epoch that are left, each logged."""
     runtime, config, plan = session.runtime, session.config, epoch.plan
     own = plan.micro_batches_of(runtime.rank, runtime.world)
-    batches = runtime.stream(epoch.shard)
+    batches = pinned(runtime.stream(epoch.shard), runtime.device)
     mark = time.perf_counter()
     with _profiled(session, plan.steps - session.state.step) as stepped:
         for step in range(session.state.step, plan.steps):
@@ -160,6 +161,7 @@ def _step(session: Session, micro: list[MicroBatch], rate: float) -> StepResult:
         bf16=session.bf16,
         asked=runtime.asked(),
         at=session.at,
+        meanwhile=session.write_log,
         norms=session.norms,
         ema=session.ema,
     )

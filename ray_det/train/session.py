@@ -129,12 +129,18 @@ class Session:
     def at(self, phase: str) -> None:
         self.runtime.at(phase, self.state.global_step, self.state.epoch)
 
+    def write_log(self) -> None:
+        """Write the record of the last step, if it is not written."""
+        if self.tracker:
+            self.tracker.flush()
+
     def save(self, *, wait: bool = False, **changes: Any) -> None:
         """Change the state and keep a checkpoint of it; all ranks call it.
 
         Args:
             wait: until it is kept. Otherwise training goes on while it is written.
         """
+        self.write_log()
         lines = self.tracker.lines if self.tracker else 0
         self.state = replace(self.state, **changes, log_lines=lines)
         name = name_of(self.state.global_step, self.state.phase)

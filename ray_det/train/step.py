@@ -68,6 +68,7 @@ def train_step(
     bf16: bool = False,
     asked: Asked = NOTHING,
     at: Callable[[str], None] = lambda phase: None,
+    meanwhile: Callable[[], None] = lambda: None,
     norms: NormStatistics | None = None,
     ema: Ema | None = None,
 ) -> StepResult:
@@ -84,6 +85,8 @@ def train_step(
         share: micro-batches of the global batch / ranks; None: every rank has as many as this one.
         asked: by this rank; the result says it of all ranks.
         at: told what the step does next.
+        meanwhile: called while the device works, before its numbers are waited for: what the host does between two
+            steps, the device has nothing to do.
         norms: of the model; None: they are looked up for this step.
         ema: follows the update.
     """
@@ -115,7 +118,11 @@ def train_step(
     more = torch.tensor([padded, skipped, *asked]).to(device, non_blocking=True)
     at("all-reduce of the losses")
     with record_function("all-reduce"):
-        values = _mean_over_ranks(torch.cat([total, norm.reshape(1), more]))
+        means = _mean_over_ranks(torch.cat([total, norm.reshape(1), more]))
+    with record_function("logging"):
+        meanwhile()
+    with record_function("all-reduce"):
+        values = means.tolist()
     components = dict(zip(names[1:], values[1:-5], strict=True))
     norm_value, padded, skipped, stop, look = values[-5:]
     applied = bool(np.isfinite(values).all())
@@ -150,13 +157,13 @@ def update(
         ema.update()
 
 
-def _mean_over_ranks(values: Tensor) -> list[float]:
-    """One collective and one transfer to the host for all that a step has to tell. The norm is equal everywhere."""
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    """One collective for all that a step has to tell; float64, on the device. The norm is equal everywhere."""
     vector = values.double()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(vector)
         vector /= dist.get_world_size()
-    return vector.tolist()
+    return vector
 
 
 def _padded_share(micro: MicroBatch) -> float:

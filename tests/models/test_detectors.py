@@ -6,14 +6,15 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_model, save_model
 
 from ray_det.models.build import build_detector
-from ray_det.models.detector import Batch, Prediction
-from ray_det.types import IMAGENET_MEAN
-from tests.models.zoo import CLASSES, CNNS, DETRS, FAMILIES, SIZES, batch, build, gradients, spread_scores
+from ray_det.models.detector import Batch, Prediction, to_device
+from ray_det.types import IMAGENET_MEAN, MicroBatch
+from tests.models.zoo import CLASSES, CNNS, CPU, DETRS, FAMILIES, SIZES, batch, build, gradients, spread_scores
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -28,6 +29,25 @@ def test_the_named_losses_add_up_to_the_loss(family, training):
     parts = torch.stack([losses[name] for name in detector.loss_names])
     assert not parts.requires_grad and (parts > 0).sum() >= 2
     assert parts.sum().item() == pytest.approx(losses["loss"].item(), rel=1e-5)
+
+
+def test_targets_are_each_images_own():
+    images = [
+        dict(boxes=[[0, 0, 2, 3]], labels=[1], image_id=7, area=[6], iscrowd=[0], orig_size=[16, 12], size=[8, 6]),
+        dict(boxes=[], labels=[], image_id=2, area=[], iscrowd=[], orig_size=[40, 60], size=[4, 6]),
+        dict(boxes=[[1, 1, 5, 2], [0, 2, 4, 4]], labels=[2, 0], image_id=2**40)
+        | dict(area=[4, 8], iscrowd=[0, 0], orig_size=[80, 50], size=[8, 5]),
+    ]
+    micro = MicroBatch(
+        *(0, 0, 0, np.zeros((3, 8, 6, 3), np.uint8)),
+        np.array([image["size"] for image in images], np.int32),
+        np.array([image["orig_size"] for image in images], np.int32),
+        np.array([image["image_id"] for image in images]),
+        [np.array(image["boxes"], np.float32).reshape(-1, 4) for image in images],
+        [np.array(image["labels"], np.int64) for image in images],
+    )
+    got: Any = to_device(micro, CPU).targets
+    assert [{key: value.tolist() for key, value in target.items()} for target in got] == images
 
 
 @families

@@ -43,7 +43,7 @@ def start(folder: Path, mode="offline", keep_lines=None) -> Tracker:
 
 
 def train(tracker: Tracker, first: int, last: int, steps: int = 5) -> None:
-    """Steps first..last; every `steps`-th ends an epoch."""
+    """Steps first..last, all written; every `steps`-th ends an epoch."""
     for k in range(first, last + 1):
         epoch = (k - 1) // steps
         tracker.log_step(k, {"train/batch_loss": 1 / k, "train/epoch": epoch, "train/learning_rate": 5e-5})
@@ -51,6 +51,7 @@ def train(tracker: Tracker, first: int, last: int, steps: int = 5) -> None:
             tracker.log_epoch(
                 k, {"train/epoch": epoch, "train/epoch_avg_loss": 2 / k, "learning_rate": 1e-6, "val/AP": k / 100}
             )
+    tracker.flush()
 
 
 def rows(folder: Path) -> list[dict]:
@@ -159,6 +160,7 @@ def test_a_restart_before_validation_sends_the_epoch_and_not_the_step(tmp_path):
     tracker = start(tmp_path)
     train(tracker, 1, 4)
     tracker.log_step(5, {"train/batch_loss": 0.2})
+    tracker.flush()
     kept = tracker.lines
     tracker.finish(1)
     again = start(tmp_path, keep_lines=kept)
@@ -261,6 +263,21 @@ def test_numbers_that_are_not_finite(tmp_path):
     assert math.isnan(rows(tmp_path)[0]["train/batch_loss"])
 
 
+@pytest.mark.parametrize("then", ["flush", "log_step", "log_epoch", "log_test", "log_pictures", "finish"])
+def test_a_steps_record_waits_for_whatever_comes_next(tmp_path, then):
+    tracker = start(tmp_path, "disabled")
+    path = tmp_path / "metrics.jsonl"
+    tracker.log_step(1, {"train/batch_loss": 0.5})
+    assert path.read_text() == ""
+    boxes, labels, scores = np.empty((0, 4)), np.empty(0, int), np.empty(0)
+    picture = Picture(7, np.zeros((8, 8, 3), np.uint8), boxes, labels, boxes, scores, labels)
+    given = {"flush": (), "finish": (), "log_pictures": (1, [picture], [])}.get(then, (2, {"train/batch_loss": 0.25}))
+    getattr(tracker, then)(*given)
+    assert json.loads(path.read_text().splitlines()[0]) == {"global_step": 1, "train/batch_loss": 0.5}
+    tracker.finish()
+    assert len(path.read_text().splitlines()) == 1 + (len(given) == 2), "each once"
+
+
 def test_a_step_without_its_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="train/batch_loss"):
         start(tmp_path, "disabled").log_step(1, {"loss": 1.0})
@@ -274,6 +291,7 @@ def test_metrics_are_cut_to_the_checkpoints_lines(tmp_path, keep, left, torn):
     tracker = start(tmp_path, "disabled", keep_lines=keep)
     assert tracker.lines == left
     tracker.log_step(7, {"train/batch_loss": 1.0})
+    tracker.flush()
     assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == [*range(left), 7]
     tracker.finish()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ray_det.config import TrainJobConfig
 from ray_det.data.collate import Shard, load
 from ray_det.data.headers import map_in_threads
 from ray_det.data.plan import resized, round_up
+from ray_det.report.metrics_file import read_records
 from ray_det.train import loop
 from ray_det.train.session import Session
 from ray_det.train.start import begin
@@ -133,3 +135,40 @@ def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(steps,
         assert len(found) == len(wanted) and all(one is other for one, other in zip(found, wanted, strict=True))
     before = [events[i - 1] for i, (what, _) in enumerate(events) if what == "expect"]
     assert before == [("loaded", steps - 1)] * 3 and at == [steps - 1] * 3
+
+
+def test_a_steps_record_is_written_within_the_next_and_none_is_lost(small_coco, tmp_path):
+    """Before the next batch is asked for it would be time in which a GPU has nothing to do."""
+    config = TrainJobConfig.model_validate(
+        {
+            "storage": str(tmp_path),
+            "data": {"train": str(small_coco["train"]), "image_size": 64},
+            "model": FAMILIES["fcos"].model_dump(),
+            "train": {"epochs": 2, "global_batch_size": 4},
+            "wandb": {"mode": "disabled"},
+        }
+    )
+    job = begin(config, 0.0, lambda text: None, map_in_threads)
+    written: list[int] = []  # records, when a batch is asked for
+    before_own: list[int] = []  # and when a step's own is about to be made
+    kept: list[int] = []  # as checkpoints know them
+
+    def stream(shard: Shard) -> Iterator[MicroBatch]:
+        for batch in load(shard):
+            written.append(len(path.read_text().splitlines()))
+            if len(written) == 7:
+                raise OSError("the third of the second epoch")
+            yield batch
+
+    def commit(staged: Path, name: str) -> None:
+        kept.append(json.loads((staged / "state.json").read_text())["state"]["log_lines"])
+
+    session = open_alone(job, 1, stream, commit)
+    path = session.runtime.folder / "metrics.jsonl"
+    publish = lambda numbers: before_own.append(len(path.read_text().splitlines()))  # noqa: E731
+    session.runtime = replace(session.runtime, publish=publish)
+    with pytest.raises(OSError, match="the third"):
+        loop._run(session)
+    assert written == [0, 0, 1, 2, 5, 5, 6]  # the first epoch is kept with its own record
+    assert before_own == [0, 1, 2, 3, 5, 6] and kept == [4]
+    assert [record["global_step"] for record in read_records(path)] == [1, 2, 3, 4, 4, 5, 6]
