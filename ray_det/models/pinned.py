@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ray_det.types import MicroBatch
@@ -32,4 +33,6 @@ def _next(batches: Iterator[MicroBatch]) -> MicroBatch | None:
     batch = next(batches, None)
     if batch is None:
         return None
-    return replace(batch, pixels_BHW3=torch.from_numpy(batch.pixels_BHW3).pin_memory().numpy())
+    locked = torch.empty(batch.pixels_BHW3.shape, dtype=torch.uint8, pin_memory=True).numpy()
+    np.copyto(locked, batch.pixels_BHW3)  # torch's own copy would give this thread an OpenMP thread for every core
+    return replace(batch, pixels_BHW3=locked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +24,17 @@ def calls(monkeypatch) -> list[tuple[str, object]]:
     """What a GPU's driver is asked for, with the thread that asks."""
     calls: list[tuple[str, object]] = []
 
-    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty
+
+    def page_locked(*shape: int, pin_memory: bool, **more: Any) -> torch.Tensor:
+        assert pin_memory
         calls.append(("pin", threading.get_ident()))
-        return tensor.clone()
+        return empty(*shape, **more)
 
     def set_device(number: int) -> None:
         calls.append(("device", (number, threading.get_ident())))
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch, "empty", page_locked)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     return calls
