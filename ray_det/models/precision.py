@@ -84,7 +84,7 @@ class ColumnsConv2d(nn.Conv2d):
     """A convolution with strides, that a CPU computes in float32 where its answer has one column."""
 
     def forward(self, input: Tensor) -> Tensor:
-        wrong = _autocast(input) and self._has_one_column(input.shape[3])
+        wrong = _autocast(input) and self._has_one_column(input.shape[-1])
         return _in_float32(self, input) if wrong else super().forward(input)
 
     def _has_one_column(self, width: int) -> bool:

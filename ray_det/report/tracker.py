@@ -29,7 +29,7 @@ class Tracker:
         keep_lines: lines of `metrics.jsonl` that the restored checkpoint knew (`lines` when it was saved); the rest is
             cut, for these steps are done again. None: nothing was restored, the file starts empty.
         patience_s: seconds for which the disk may be full.
-        publish: gets each record too.
+        publish: gets each record too, and at once.
 
     Raises:
         OSError: the folder cannot be written.
@@ -76,6 +76,7 @@ class Tracker:
             raise ValueError(f"a step's record needs train/batch_loss, got {sorted(record)}")
         self.flush()
         self._waiting = global_step, record
+        self._publish({"global_step": global_step, **record})
 
     def flush(self) -> None:
         """Write the record that waits, if there is one."""
@@ -93,12 +94,12 @@ class Tracker:
 
     def _log(self, kind: Kind, global_step: int, record: Mapping[str, Any]) -> None:
         self.flush()
-        self._write(kind, global_step, record)
+        self._publish(self._write(kind, global_step, record))
 
-    def _write(self, kind: Kind, global_step: int, record: Mapping[str, Any]) -> None:
+    def _write(self, kind: Kind, global_step: int, record: Mapping[str, Any]) -> Record:
         written = self._file.append(global_step, record)
-        self._publish(written)
         self._wandb.send(kind, written)
+        return written
 
     def log_pictures(self, global_step: int, pictures: list[Picture], names: Sequence[str]) -> None:
         """Pictures with boxes, to wandb and as JPEG files in `pictures/`, in place of the last ones.

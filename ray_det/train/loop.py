@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import NoReturn
 
@@ -99,9 +99,9 @@ def train_steps(session: Session, epoch: Epoch) -> None:
     """The steps of an epoch that are left, each logged."""
     runtime, config, plan = session.runtime, session.config, epoch.plan
     own = plan.micro_batches_of(runtime.rank, runtime.world)
-    batches = pinned(runtime.stream(epoch.shard), runtime.device)
+    ahead = pinned(runtime.stream(epoch.shard), runtime.device, len(own))
     mark = time.perf_counter()
-    with _profiled(session, plan.steps - session.state.step) as stepped:
+    with closing(ahead) as batches, _profiled(session, plan.steps - session.state.step) as stepped:
         for step in range(session.state.step, plan.steps):
             if step + 1 == plan.steps:
                 collect(session)
@@ -131,8 +131,8 @@ def train_steps(session: Session, epoch: Epoch) -> None:
             if every and session.state.global_step % every == 0 and step + 1 < plan.steps:
                 session.save()
                 mark = time.perf_counter()
-    if next(batches, None) is not None:
-        raise RuntimeError("the loader has more micro-batches than the plan")
+        if next(batches, None) is not None:
+            raise RuntimeError("the loader has more micro-batches than the plan")
 
 
 def _look_ahead(session: Session) -> None:

@@ -74,9 +74,31 @@ def test_the_next_is_fetched_while_one_is_used_and_no_further(calls):
     assert fetched[1].wait(30)
     next(batches)
     assert fetched[2].wait(30)
-    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    batches.close()
     assert not fetched[3].is_set()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("pinned")]
+
+
+def test_as_many_are_ready_as_a_step_takes(calls):
+    fetched = [threading.Event() for _ in range(8)]
+
+    def source() -> Iterator[MicroBatch]:
+        for i, event in enumerate(fetched):
+            event.set()
+            yield micro_batch(seed=i)
+
+    batches = pinned(source(), GPU, 3)
+    for _ in range(3):
+        next(batches)
+    assert fetched[5].wait(30) and not fetched[6].is_set()
+    batches.close()
+    assert not fetched[6].is_set()
+
+
+def test_a_single_one_needs_no_thread(calls):
+    batch = micro_batch()
+    assert next(pinned([batch], GPU)) is batch
+    assert not calls
 
 
 def test_an_error_comes_in_its_turn(calls):

@@ -114,7 +114,7 @@ def test_a_killed_and_a_corrupted_run_go_on_by_the_same_command(small_coco, undi
     """After SIGKILL the newest checkpoint is damaged: the one before is used."""
     file = write(config(small_coco, tmp_path / "runs"))
     run = tmp_path / "runs" / "run"
-    status, output = start_and_signal(file, run, 2 * STEPS + 3, signal.SIGKILL)
+    status, output = start_and_signal(file, run, STEPS + 3, signal.SIGKILL)
     assert status == -signal.SIGKILL, output
     assert steps_done(run) < EPOCHS * STEPS
     weights = newest(run) / "model.safetensors"

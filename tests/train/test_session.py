@@ -93,7 +93,7 @@ def test_what_is_compiled_knows_whether_canvases_differ(resize, dynamic, small_c
 
 
 @pytest.mark.parametrize("steps", [4, 1])
-def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(steps, small_coco, tmp_path):
+def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(steps, small_coco, tmp_path, monkeypatch):
     """The very shards that are streamed then: the validation, where there is one, and the next epoch. And not before
     the epoch itself is streamed, which would forget what was expected of it.
     """
@@ -107,6 +107,7 @@ def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(steps,
             "wandb": {"mode": "disabled"},
         }
     )
+    monkeypatch.setattr(loop, "pinned", lambda batches, *more: batches)  # not ahead, on whatever this runs
     session = open_alone(begin(config, 0.0, lambda text: None, map_in_threads), 1, lambda shard: iter(()))
     events: list[tuple[str, Any]] = []
     at: list[int] = []  # steps that were done when something was expected
@@ -137,7 +138,7 @@ def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(steps,
     assert before == [("loaded", steps - 1)] * 3 and at == [steps - 1] * 3
 
 
-def test_a_steps_record_is_written_within_the_next_and_none_is_lost(small_coco, tmp_path):
+def test_a_steps_record_is_written_within_the_next_and_none_is_lost(small_coco, tmp_path, monkeypatch):
     """Before the next batch is asked for it would be time in which a GPU has nothing to do."""
     config = TrainJobConfig.model_validate(
         {
@@ -148,6 +149,7 @@ def test_a_steps_record_is_written_within_the_next_and_none_is_lost(small_coco, 
             "wandb": {"mode": "disabled"},
         }
     )
+    monkeypatch.setattr(loop, "pinned", lambda batches, *more: batches)  # not ahead, on whatever this runs
     job = begin(config, 0.0, lambda text: None, map_in_threads)
     written: list[int] = []  # records, when a batch is asked for
     before_own: list[int] = []  # and when a step's own is about to be made
