@@ -95,6 +95,23 @@ def test_as_many_are_ready_as_a_step_takes(calls):
     assert not fetched[6].is_set()
 
 
+def test_what_is_not_begun_when_it_is_closed_is_not_fetched(calls):
+    fetched, more = [threading.Event() for _ in range(4)], threading.Event()
+
+    def source() -> Iterator[MicroBatch]:
+        for i, event in enumerate(fetched):
+            event.set()
+            assert i != 1 or more.wait(30)
+            yield micro_batch(seed=i)
+
+    batches = pinned(source(), GPU, 3)
+    next(batches)
+    assert fetched[1].wait(30)
+    threading.Timer(0.2, more.set).start()
+    batches.close()
+    assert more.is_set() and not fetched[2].is_set()
+
+
 def test_a_single_one_needs_no_thread(calls):
     batch = micro_batch()
     assert next(pinned([batch], GPU)) is batch

@@ -278,6 +278,16 @@ def test_a_steps_record_waits_for_whatever_comes_next(tmp_path, then):
     assert len(path.read_text().splitlines()) == 1 + (len(given) == 2), "each once"
 
 
+def test_whoever_watches_is_told_of_a_step_at_once_and_once(tmp_path):
+    told = []
+    tracker = Tracker(tmp_path, WandbConfig(mode="disabled"), "name", "id0", {}, publish=told.append)
+    tracker.log_step(1, {"train/batch_loss": 0.5})
+    assert told == [{"global_step": 1, "train/batch_loss": 0.5}]
+    tracker.log_epoch(1, {"val/AP": 0.25})
+    tracker.finish()
+    assert told[1:] == [{"global_step": 1, "val/AP": 0.25}]
+
+
 def test_a_step_without_its_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="train/batch_loss"):
         start(tmp_path, "disabled").log_step(1, {"loss": 1.0})

@@ -102,12 +102,13 @@ def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(steps,
             "storage": str(tmp_path),
             "data": {"train": str(small_coco["train"]), "val": str(small_coco["val"]), "image_size": 64},
             "model": FAMILIES["fcos"].model_dump(),
-            "train": {"epochs": 3, "global_batch_size": 16 // steps},
+            "train": {"epochs": 3, "global_batch_size": 16 // steps, "micro_batch_size": 2},
             "eval": {"every_epochs": 2},
             "wandb": {"mode": "disabled"},
         }
     )
-    monkeypatch.setattr(loop, "pinned", lambda batches, *more: batches)  # not ahead, on whatever this runs
+    ahead: list[int] = []  # of a GPU; here none is, on whatever this runs
+    monkeypatch.setattr(loop, "pinned", lambda batches, device, most: ahead.append(most) or batches)
     session = open_alone(begin(config, 0.0, lambda text: None, map_in_threads), 1, lambda shard: iter(()))
     events: list[tuple[str, Any]] = []
     at: list[int] = []  # steps that were done when something was expected
@@ -135,6 +136,7 @@ def test_what_follows_an_epochs_steps_begins_to_be_loaded_before_the_last(steps,
     for found, wanted in zip(expected, ([second], [validation, third], [last_validation]), strict=True):
         assert len(found) == len(wanted) and all(one is other for one, other in zip(found, wanted, strict=True))
     before = [events[i - 1] for i, (what, _) in enumerate(events) if what == "expect"]
+    assert ahead == [8 // steps] * 3, "as many as a step takes"
     assert before == [("loaded", steps - 1)] * 3 and at == [steps - 1] * 3
 
 
