@@ -83,9 +83,14 @@ def _class_cost(logits_LBQC: Tensor, label_BN: Tensor, focal: tuple[float, float
 
 
 def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU (https://arxiv.org/abs/1902.09630) of boxes (..., 4), broadcast against each other."""
-    ax0, ay0, ax1, ay1 = box_convert(a, "cxcywh", "xyxy").unbind(-1)
-    bx0, by0, bx1, by1 = box_convert(b, "cxcywh", "xyxy").unbind(-1)
+    """IoU and generalised IoU of boxes (..., 4), cxcywh, broadcast against each other."""
+    return overlap_of_corners(box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy"))
+
+
+def overlap_of_corners(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same (https://arxiv.org/abs/1902.09630) of boxes xyxy."""
+    ax0, ay0, ax1, ay1 = a.unbind(-1)
+    bx0, by0, bx1, by1 = b.unbind(-1)
     width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)
     height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
     both = width * height

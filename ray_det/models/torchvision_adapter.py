@@ -24,6 +24,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign
 
+from ray_det.models.dense_criterion import fcos_losses, retinanet_losses
 from ray_det.models.detector import Batch, Detector, Prediction
 from ray_det.models.roi_pool import pool_boxes
 from ray_det.types import IMAGENET_MEAN
@@ -90,12 +91,10 @@ class DenseDetector(Detector):
     @record_function("criterion")
     def criterion(self, batch: Batch, outputs: DenseOutputs) -> dict[str, Tensor]:
         """torchvision's losses, in float32."""
-        with full_precision(outputs.anchors[0]):
-            if isinstance(self.net, FCOS):
-                losses = self.net.compute_loss(targets(batch), outputs.maps, outputs.anchors, outputs.per_level)
-            else:
-                losses = self.net.compute_loss(targets(batch), outputs.maps, outputs.anchors)
-            return total(losses)
+        anchors_A4 = outputs.anchors[0]
+        losses = fcos_losses if isinstance(self.net, FCOS) else retinanet_losses
+        with full_precision(anchors_A4):
+            return total(losses(cast(Any, self.net), batch.targets, outputs.maps, anchors_A4, outputs.per_level))
 
     def postprocess(self, batch: Batch, outputs: DenseOutputs) -> list[Prediction]:
         """Boxes clipped to the real pixels, after torchvision's thresholds and NMS."""

@@ -156,13 +156,14 @@ class TransformersDetector(Detector):
             scores_BK, index_BK = scores_BQC.topk(min(DETECTIONS_PER_IMAGE, scores_BQC.shape[1]))
             query_BK, labels_BK = index_BK // classes, index_BK % classes
         xyxy_BQ4 = box_convert(boxes_BQ4.float(), "cxcywh", "xyxy")
-        xyxy_BQ4 = xyxy_BQ4 * xyxy_BQ4.new_tensor([width, height, width, height])
-        found: list[Prediction] = []
-        for image, (real_height, real_width) in enumerate(batch.sizes):
-            boxes = xyxy_BQ4[image, query_BK[image]]
-            boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([real_width, real_height] * 2))
-            found.append(Prediction(boxes=boxes, scores=scores_BK[image], labels=labels_BK[image]))
-        return found
+        boxes_BK4 = xyxy_BQ4.gather(1, query_BK[..., None].expand(-1, -1, 4))
+        canvas, real_B14 = (
+            torch.tensor(size).to(boxes_BK4.device, non_blocking=True)
+            for size in ([width, height] * 2, [[[w, h] * 2] for h, w in batch.sizes])
+        )
+        boxes_BK4 = (boxes_BK4 * canvas).clamp(min=0).minimum(real_B14)
+        found = zip(boxes_BK4, scores_BK, labels_BK, strict=True)
+        return [Prediction(boxes=boxes, scores=scores, labels=labels) for boxes, scores, labels in found]
 
     def _whole_graph(self, batch: Batch, loss: Tensor) -> Tensor:
         """The loss with all trainable parameters in its graph: what it does not depend on enters times zero.

@@ -13,10 +13,12 @@ from ray_det.config import OptimConfig
 from ray_det.models.build import build_detector
 from ray_det.train.optim import build_optimizer
 from ray_det.train.step import train_step
-from tests.models.zoo import CLASSES, CPU, FAMILIES, micro_batch
+from tests.models.zoo import CLASSES, CPU, DETRS, FAMILIES, micro_batch
 
-OWN = {"models/matching.py": 1, "train/step.py": 1}
-"""The matcher's cost tensor, and what a step logs."""
+LOGGED = {"train/step.py": 1}
+"""What a step logs."""
+OWN = {family: {"models/matching.py": 1} | LOGGED for family in DETRS} | {"fcos": LOGGED, "retinanet": LOGGED}
+"""A detection transformer's matcher reads a tensor of costs too."""
 
 
 def test_a_count_by_hand():
@@ -43,9 +45,9 @@ def test_a_count_by_hand():
     assert all(place.startswith("bench/test_syncs.py:") for place in counts)
 
 
-@pytest.mark.parametrize("family", ["d_fine", "rt_detr_v2", "detr"])
+@pytest.mark.parametrize("family", OWN)
 def test_a_training_step_waits_for_its_matches_and_its_numbers(family):
-    """Besides, the library's networks wait: checks of shapes and of finiteness, `nonzero` for denoising queries."""
+    """Besides, networks of transformers wait: checks of shapes and of finiteness, `nonzero` for denoising queries."""
     losses: dict[str, float] = {}
 
     def prepare(device):
@@ -66,4 +68,4 @@ def test_a_training_step_waits_for_its_matches_and_its_numbers(family):
     files: Counter[str] = Counter()
     for place, count in counts.items():
         files[place.rpartition(":")[0]] += count
-    assert {name: n for name, n in files.items() if not in_model(name + ":")} == OWN
+    assert {name: n for name, n in files.items() if not in_model(name + ":")} == OWN[family]
