@@ -47,9 +47,9 @@ def faults(device="cpu", where="main", **variables):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_steps_after_the_first_two_take_no_new_memory():
-    assert faults() < 0.2 * PAGES
+    assert faults() < 0.5 * PAGES
     # As in the processes of a run on one machine.
-    assert faults(where="thread", MALLOC_ARENA_MAX=LOCALLY["MALLOC_ARENA_MAX"]) < 0.2 * PAGES
+    assert faults(where="thread", MALLOC_ARENA_MAX=LOCALLY["MALLOC_ARENA_MAX"]) < 0.5 * PAGES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
