@@ -59,9 +59,10 @@ class TrainState:
         return self.epoch < config.train.epochs and not self.gives_up(config, known)
 
     def gives_up(self, config: TrainJobConfig, done: int) -> bool:
-        """Whether `patience` epochs, of `done`, have brought no better AP."""
+        """Whether `patience` epochs, of `done`, have brought no better AP than an earlier one's."""
         evaluated = done - done % config.eval.every_epochs
-        return bool(config.train.patience) and evaluated - self.best_epoch >= config.train.patience
+        known = bool(config.train.patience) and self.best_ap is not None
+        return known and evaluated - self.best_epoch >= config.train.patience
 
     def next_epoch(self) -> TrainState:
         return replace(self, phase="train", epoch=self.epoch + 1, step=0, loss_sum=0.0, loss_count=0)
@@ -136,11 +137,28 @@ class Checkpoint:
             raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's state; its rates and decays stay as they were built.
+
+        Raises:
+            UserError: the file is broken, or is of other groups of parameters.
+        """
         path = self.folder / OPTIMIZER
+        own = [dict(group) for group in optimizer.param_groups]
         try:
-            optimizer.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+            counts = [len(group["params"]) for group in saved["param_groups"]]
+            if counts != [len(group["params"]) for group in own]:
+                raise UserError(
+                    f"the optimizer of {self.folder} has other groups of parameters: what is frozen, what decays and "
+                    "whether the backbone has a rate of its own cannot change in a run"
+                )
+            optimizer.load_state_dict(saved)
+        except UserError:
+            raise
         except Exception as error:  # torch raises many kinds for a broken or hostile file
             raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
+        for group, built in zip(optimizer.param_groups, own, strict=True):
+            group.update({name: value for name, value in built.items() if name != "params"})
 
     def build(self, device: torch.device) -> Detector:
         """The detector as it is evaluated: with the average of the weights, where there is one. Needs no network."""

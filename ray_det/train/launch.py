@@ -25,7 +25,7 @@ from ray_det.storage import Folder
 from ray_det.train.board import start_board
 from ray_det.train.job import Job, Payload, train_worker
 from ray_det.train.lock import hold
-from ray_det.train.start import begin, finished_summary
+from ray_det.train.start import begin, claim, finished_summary
 from ray_det.types import Preempted, Stopped, TrainingError
 
 if TYPE_CHECKING:
@@ -48,12 +48,13 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
     threading.Thread(target=importlib.import_module, args=("ray.train",), daemon=True).start()
     with hold(Folder.at(config.storage, config.workers.storage_timeout_s), config.name, say):
         job = begin(config, started_at, say, partial(_map_headers, config))
-        done = finished_summary(job)
+        done = None if config.overwrite else finished_summary(job)
         if done is not None:
             say(f"run {config.name} is finished: {job.run.uri}")
             return done
         start_ray(job.config.workers, job.config.validators)
         room = require_room(job.config.workers, job.config.validators)
+        claim(job)
         manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
         with closing(ProgressPrinter()) as printer, signals() as got:
             fit(job, room, manifests, printer.update, lambda: got[0] if got else 0)
@@ -99,13 +100,18 @@ def fit(
         if ending and not isinstance(ending, Preempted):
             raise ending
         if (number := asked()) and finished_summary(job) is None:
-            raise Stopped(f"the same command goes on: {job.run.uri}", number)
+            raise Stopped(goes_on(job.config, job.run), number)
         if not ending:
             break
     else:
         raise TrainingError(f"more than {workers.max_preemption_failures} nodes were taken away")
     if error:
         raise error
+
+
+def goes_on(config: TrainJobConfig, run: Folder) -> str:
+    without = " without --overwrite" if config.overwrite else ""
+    return f"the same command{without} goes on: {run.uri}"
 
 
 def _trainer(payload: Payload, scratch: str) -> TorchTrainer:

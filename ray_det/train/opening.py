@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ray_det.config import OptimConfig
+from ray_det.config import OptimConfig, changed_keys
 from ray_det.models.build import build_detector
 from ray_det.models.compute import set_up_torch, use_bf16
 from ray_det.models.detector import Detector
@@ -17,10 +17,14 @@ from ray_det.train.ema import Ema
 from ray_det.train.job import Job
 from ray_det.train.optim import build_optimizer
 from ray_det.train.session import Runtime, Session
+from ray_det.train.start import MAY_CHANGE
 from ray_det.train.step import wrap_ddp
 from ray_det.train.tensors import NormStatistics
 from ray_det.train.work import Work
 from ray_det.types import UserError
+
+PLANNED = ("train: ", "train.global_batch_size", "data.", "seed")
+"""Beginnings of what an epoch's plan follows from: the hash of the data, and options."""
 
 
 def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, rollbacks: int = 0) -> Session:
@@ -36,7 +40,7 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
     set_up_torch(runtime.threads, config.train.deterministic, runtime.device)
     torch.manual_seed(config.seed)
     detector = _detector(job, runtime, checkpoint)
-    state = checkpoint.state if checkpoint else TrainState()
+    state = _state(job, checkpoint) if checkpoint else TrainState()
     optimizer = build_optimizer(config.optim, detector)
     ema = _average(config.optim, detector, state)
     if checkpoint:
@@ -53,13 +57,29 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         compile_networks(detector, many_shapes=not upcoming.plan.one_canvas)
     runtime.expect([upcoming.shard] if upcoming else [])  # a tracker takes its time
     if checkpoint and runtime.is_main:
-        runtime.notify({"message": _goes_on(state, runtime.world)})
-    tracker = _tracker(job, runtime, state.log_lines if checkpoint else None) if runtime.is_main else None
+        anew = "" if state.step == checkpoint.state.step else ", which begins anew: its plan has changed"
+        runtime.notify({"message": _goes_on(state, runtime.world) + anew})
+    tracker = (
+        _tracker(job, runtime, state, keep_lines=state.log_lines if checkpoint else None) if runtime.is_main else None
+    )
     if runtime.is_main:
         runtime.publish({"global_step": state.global_step})
     bf16 = use_bf16(config.train.precision, runtime.device)
     model, norms = wrap_ddp(detector, runtime.device), NormStatistics(detector)
     return Session(job, runtime, work, detector, model, optimizer, ema, norms, bf16, state, tracker, upcoming=upcoming)
+
+
+def _state(job: Job, checkpoint: Checkpoint) -> TrainState:
+    """Where the run goes on. What is left of an epoch is known only if its plan is the same; else it begins anew."""
+    state, before, hashes = (
+        checkpoint.state,
+        checkpoint.config.model_dump(mode="json"),
+        checkpoint.content["data_hashes"],
+    )
+    lines = changed_keys(before, job.facts.config) + changed_keys(hashes, job.facts.data_hashes)
+    if state.phase == "train" and any(line.startswith(PLANNED) and not line.startswith(MAY_CHANGE) for line in lines):
+        return replace(state, step=0, loss_sum=0.0, loss_count=0)
+    return state
 
 
 def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Detector:
@@ -74,6 +94,8 @@ def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Dete
     if weights is not None and runtime.is_main:
         runtime.notify({"message": weights.table()})
     if checkpoint:
+        if (names := checkpoint.classes.names) != (wanted := job.facts.classes.names):
+            raise UserError(f"{job.run.uri} was trained on the classes {', '.join(names)}, not {', '.join(wanted)}")
         checkpoint.load_model(detector)
     freeze(detector, config.model.freeze)
     if config.train.sync_batch_norm and runtime.device.type != "cuda":
@@ -97,13 +119,14 @@ def _goes_on(state: TrainState, world: int) -> str:
     return f"{text}, on {world} worker{'s' if world > 1 else ''}"
 
 
-def _tracker(job: Job, runtime: Runtime, keep_lines: int | None) -> Tracker:
-    config = job.config
+def _tracker(job: Job, runtime: Runtime, state: TrainState, keep_lines: int | None) -> Tracker:
+    """What is logged. In wandb, which takes no step twice, each way back to a checkpoint begins another run."""
+    config, again = job.config, f"-{state.rollbacks}" if state.rollbacks else ""
     return Tracker(
         runtime.folder,
         config.wandb,
-        config.name,
-        job.run_id,
+        config.name + again,
+        job.run_id + again,
         job.facts.config,
         keep_lines=keep_lines,
         patience_s=job.run.patience_s,

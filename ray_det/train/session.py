@@ -121,9 +121,9 @@ class Session:
         return micro_batches(self.config.train, self.config.workers.most)
 
     def learning_rate(self, steps_per_epoch: int) -> float:
-        """After the steps that are done."""
-        train = self.config.train
-        planned = learning_rate(self.config.optim, self.state.global_step, steps_per_epoch, train.epochs)
+        """After the steps that are done: of the epochs, as earlier ones may have had another number of steps."""
+        train, done = self.config.train, self.state.epoch * steps_per_epoch + self.state.step
+        planned = learning_rate(self.config.optim, done, steps_per_epoch, train.epochs)
         return planned * train.rollback_lr_factor**self.state.rollbacks
 
     def at(self, phase: str) -> None:

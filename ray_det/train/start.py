@@ -20,17 +20,22 @@ from ray_det.data.manifest import Manifest, write_manifest
 from ray_det.data.preflight import require_trainable
 from ray_det.data.prepare import prepare, same_classes
 from ray_det.data.twins import find_twins
+from ray_det.retry import reason
 from ray_det.storage import Folder
 from ray_det.train.job import Job
 from ray_det.types import UserError
 
 SPLITS = ("train", "val", "test")
+KINDS = {"run.json": "training run", "sweep.json": "sweep", "comparison.json": "comparison"}
+"""File -> what a folder is that has it."""
 PLACES = tuple(f"data.{name}:" for name in (*SPLITS, "images"))
 """Where the data is: what it holds is compared by its hash."""
 MAY_CHANGE = ("workers.", "wandb.", "overwrite", "allow_changes", "storage", "train.checkpoint_every_steps", *PLACES)
 MAY_CHANGE += ("data.max_", "data.on_bad_image", "train.max_rollbacks")
 MAY_CHANGE += ("train.async_checkpoints", "train.profile_steps")
 """What a run may be continued with differently: nothing here touches what is learned, from images that are whole."""
+FIXED = ("model.name", "model.config", "model.fpn_channels", "data.classes", "data.rename")
+"""What a trained network is, and so cannot change at all."""
 
 
 def cache_folder(storage: str) -> Path:
@@ -40,14 +45,12 @@ def cache_folder(storage: str) -> Path:
 
 
 def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None], map_chunks: MapChunks) -> Job:
-    """Prepare the data and the run folder, of a new run or of one that goes on.
+    """Prepare the data of a run that is new or goes on. Its folder stays as it is, until `claim`.
 
     Raises:
         UserError: the data cannot be trained on, or the run folder holds a run of another configuration.
     """
-    run = Folder.at(config.storage, config.workers.storage_timeout_s) / config.name
-    if config.overwrite:
-        run.delete()
+    _require_writable(config.storage)
     config = config.model_copy(update={"data": with_embedded_data(config, say)})
     if config.train.patience and config.data.val is None:
         raise UserError("--train.patience looks at val/AP: it needs --data.val")
@@ -55,23 +58,35 @@ def begin(config: TrainJobConfig, started_at: float, say: Callable[[str], None],
 
 
 def open_run(config: TrainJobConfig, manifests: dict[str, Manifest], started_at: float) -> Job:
-    """The run folder, of a new run or of one that goes on, for data that is prepared.
+    """A run that is new or goes on, for data that is prepared.
 
     Raises:
-        UserError: the run folder holds a run of another configuration.
+        UserError: the run folder holds a run of another configuration, or no run.
     """
     run = Folder.at(config.storage, config.workers.storage_timeout_s) / config.name
-    known = run.read_json("run.json") if run.exists("run.json") else None
-    config = _resolved(config, known)
+    known = None
+    if not config.overwrite:
+        require_kind(run, "run.json")
+        known = run.read_json("run.json") if run.exists("run.json") else None
     hashes = {split: manifest.hash for split, manifest in manifests.items()}
-    if known is not None and not config.allow_changes:
-        _refuse_changes(config, hashes, known, run)
-    run_id = known["run_id"] if known else secrets.token_hex(4)
-    facts = {"run_id": run_id, "data_hashes": hashes, "config": config.model_dump(mode="json")}
-    run.write_text("config.yaml", to_yaml(config))
-    run.write_text("run.json", json.dumps(facts, indent=1))
-    _keep_manifests(run, manifests)
-    return Job(config, manifests, run_id, run, started_at)
+    resolved = _resolved(config, known)
+    if known is not None and (lines := _changes(resolved, hashes, known)):
+        if _has_trained(run):
+            _refuse(lines, run, allowed=config.allow_changes)
+        else:  # what ended before its first step claims nothing
+            known, resolved = None, _resolved(config, None)
+    return Job(resolved, manifests, known["run_id"] if known else secrets.token_hex(4), run, started_at)
+
+
+def claim(job: Job) -> None:
+    """Write down in the run folder what is trained: once all that can be wrong with it has been looked at."""
+    if job.config.overwrite:
+        job.run.delete()
+    kept = job.config.model_copy(update={"overwrite": False, "allow_changes": False})  # of one start, not of the run
+    facts = {"run_id": job.run_id, "data_hashes": job.facts.data_hashes, "config": kept.model_dump(mode="json")}
+    job.run.write_text("config.yaml", to_yaml(kept))
+    job.run.write_text("run.json", json.dumps(facts, indent=1))
+    _keep_manifests(job.run, job.manifests)
 
 
 def finished_summary(job: Job) -> dict[str, Any] | None:
@@ -124,6 +139,8 @@ def prepare_splits(config: TrainJobConfig, say: Callable[[str], None], map_chunk
             require_trainable(manifest)
         else:
             same_classes(manifests["train"], manifest)
+    if "val" in manifests and not manifests["val"].counts["trainable_boxes"]:
+        say("warning: val has no object, so val/AP says nothing: the last weights will be the best ones")
     _check_twins(config, manifests, say)
     return manifests
 
@@ -161,7 +178,31 @@ def _resolved(config: TrainJobConfig, known: dict[str, Any] | None) -> TrainJobC
     return config
 
 
-def _refuse_changes(config: TrainJobConfig, hashes: dict[str, str], known: dict[str, Any], run: Folder) -> None:
+def _require_writable(storage: str) -> None:
+    """Before minutes are spent on data; of an object store the first write tells."""
+    folder = Folder.at(storage).local
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder, prefix=".writable_"):
+                pass
+    except OSError as error:
+        raise UserError(f"--storage {storage} cannot be written: {reason(error)}") from None
+
+
+def require_kind(folder: Folder, own: str) -> None:
+    """Raises UserError: the folder holds something else than what has the file `own`."""
+    for file, what in KINDS.items():
+        if file != own and folder.exists(file):
+            raise UserError(f"{folder.uri} holds a {what}: choose another --name, or --overwrite it")
+
+
+def _has_trained(run: Folder) -> bool:
+    return any(name == "metrics.jsonl" or name.startswith("checkpoint_") for name in run.names())
+
+
+def _changes(config: TrainJobConfig, hashes: dict[str, str], known: dict[str, Any]) -> list[str]:
+    """What is not as an earlier start had it, but for what may change."""
     new, old = config.model_dump(mode="json"), known["config"]
     try:  # fields that an earlier version did not have get their defaults
         old = TrainJobConfig.model_validate(old).model_dump(mode="json")
@@ -170,8 +211,17 @@ def _refuse_changes(config: TrainJobConfig, hashes: dict[str, str], known: dict[
     lines = [line for line in changed_keys(old, new) if not line.startswith(MAY_CHANGE)]
     if config.train.epochs > known["config"]["train"]["epochs"]:
         lines = [line for line in lines if not line.startswith("train.epochs:")]
-    lines += [f"data of {line}" for line in changed_keys(known["data_hashes"], hashes)]
-    if lines:
+    return lines + [f"data of {line}" for line in changed_keys(known["data_hashes"], hashes)]
+
+
+def _refuse(lines: list[str], run: Folder, *, allowed: bool) -> None:
+    fixed = [line for line in lines if line.startswith(FIXED)]
+    if fixed:
+        raise UserError(
+            f"{run.uri} holds a run of another network or of other classes ({'; '.join(fixed)}): "
+            "choose another --name, or --overwrite it"
+        )
+    if not allowed:
         raise UserError(
             f"{run.uri} holds a run with another configuration ({'; '.join(lines)}): "
             "choose another --name, or --overwrite it, or go on with --allow_changes"

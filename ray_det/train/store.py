@@ -54,7 +54,8 @@ def newest(run: Folder, before: int | None = None, *, mark: bool = True) -> Iter
     """The newest whole checkpoint, None where there is none at all; broken ones are passed over.
 
     Args:
-        before: pass over those of this global step and later, too.
+        before: pass over those of this global step and later, too: they lead to numbers that are not finite. None is
+            left then where the rest is none.
         mark: whether to say so and to mark them. One process of a run does it.
 
     Raises:
@@ -62,25 +63,33 @@ def newest(run: Folder, before: int | None = None, *, mark: bool = True) -> Iter
         StorageError: the storage stayed out of reach.
     """
     problems: dict[str, str] = {}
+    broken = False
     for name in _names(run):
         if not _usable(run, name):
             continue
         with local_copy(run, name) as folder:
             try:
                 checkpoint = Checkpoint.open(folder)
-                if before is not None and checkpoint.state.global_step >= before:
-                    raise UserError(f"{folder} leads to numbers that are not finite")
             except UserError as error:
-                problems[name] = str(error).replace(str(folder), f"{run.uri}/{name}")
+                broken, problems[name] = True, str(error).replace(str(folder), f"{run.uri}/{name}")
                 continue
-            for broken, problem in problems.items() if mark else ():
-                log.warning("%s: using the one before", problem)
-                run.write_text(f"{broken}/{BROKEN}", problem)
+            if before is not None and checkpoint.state.global_step >= before:
+                problems[name] = f"{run.uri}/{name} leads to numbers that are not finite"
+                continue
+            _pass_over(run, problems if mark else {})
             yield checkpoint
             return
-    if problems:
+    if broken:
         raise UserError("; ".join(problems.values()))
+    _pass_over(run, problems if mark else {})
     yield None
+
+
+def _pass_over(run: Folder, problems: dict[str, str]) -> None:
+    """From now on, those that have a problem."""
+    for name, problem in problems.items():
+        log.warning("%s: using the one before", problem)
+        run.write_text(f"{name}/{BROKEN}", problem)
 
 
 def _usable(run: Folder, name: str) -> bool:

@@ -48,8 +48,8 @@ def end_epoch(session: Session) -> None:
         validate_in_background(session)
     else:
         _log(session, record, None, session.save_best)
-        if session.state.epoch + 1 == config.train.epochs:  # there is no val
-            session.save_best()
+    if session.state.epoch + 1 == config.train.epochs and session.state.best_ap is None:  # no val, or no object in it
+        session.save_best()
     session.state = session.state.next_epoch()
 
 
@@ -106,7 +106,7 @@ def _record(session: Session) -> dict[str, float]:
         "global_step": state.global_step,
         "train/epoch": state.epoch,
         "train/epoch_avg_loss": state.loss_sum / max(state.loss_count, 1),
-        "learning_rate": session.learning_rate(state.global_step // (state.epoch + 1)),
+        "learning_rate": session.learning_rate(state.step),
     }
     if session.profile:
         record |= {f"profile/{name}": value for name, value in session.profile.items()}
@@ -129,7 +129,7 @@ def _log(
     if session.tracker:
         session.tracker.log_epoch(step, record)
     best = session.state.best_ap
-    better = ap is not None and (best is None or ap > best)
+    better = ap is not None and ap >= 0 and (best is None or ap > best)  # below: there is no object to find
     if better:
         session.state = replace(session.state, best_ap=ap, best_step=step, best_epoch=done)
         keep()

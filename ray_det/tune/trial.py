@@ -24,7 +24,7 @@ from ray_det.storage import Folder
 from ray_det.train.launch import fit
 from ray_det.train.optim import learning_rate
 from ray_det.train.restarts import failures_in_short
-from ray_det.train.start import open_run
+from ray_det.train.start import claim, open_run
 from ray_det.tune.desk import BY_SCHEDULER
 from ray_det.tune.records import read_trial, write_trial
 from ray_det.tune.space import Params, with_params
@@ -79,6 +79,7 @@ def _train(trial: SweepTrial, shared: Shared) -> None:
     config = trial_config(shared.base, shared.sweep, trial.number, trial.params)
     manifests = {split: ray.get(reference) for split, reference in shared.manifests.items()}
     job = open_run(config, manifests, time.time())
+    claim(job)
 
     def show(update: dict[str, Any]) -> None:
         if "message" in update:

@@ -14,14 +14,15 @@ from typing import Any
 import ray
 from ray.tune.schedulers import TrialScheduler
 
+from ray_det.cluster import Room
 from ray_det.config import TrainJobConfig, changed_keys
 from ray_det.data.manifest import Manifest
 from ray_det.data.ray_map import map_chunks
 from ray_det.report.sweep_trial import SweepTrial
 from ray_det.storage import Folder
-from ray_det.train.launch import POLL_S, STOP_GRACE_S, signals
+from ray_det.train.launch import POLL_S, STOP_GRACE_S, goes_on, signals
 from ray_det.train.lock import hold
-from ray_det.train.start import MAY_CHANGE, prepare_splits, with_embedded_data
+from ray_det.train.start import MAY_CHANGE, prepare_splits, require_kind, with_embedded_data
 from ray_det.tune.desk import start_desk
 from ray_det.tune.proposals import Proposer
 from ray_det.tune.records import read_trials
@@ -63,8 +64,6 @@ def run_trials(trials: Trials, say: Say, report: Callable[[list[SweepTrial], dic
     threading.Thread(target=importlib.import_module, args=("ray.train.torch",), daemon=True).start()
     base, folder = trials.base, trials.folder
     with hold(Folder.at(base.storage, base.workers.storage_timeout_s), base.name, say):
-        if base.overwrite:
-            folder.delete()
         base = base.model_copy(update={"data": with_embedded_data(base, say)})
         if base.data.val is None:
             raise UserError(f"a {trials.kind} compares trials by val/AP: it needs --data.val")
@@ -72,27 +71,29 @@ def run_trials(trials: Trials, say: Say, report: Callable[[list[SweepTrial], dic
             raise UserError(f"--eval.background: the trials of a {trials.kind} validate in their own workers")
         connect = partial(start_for, base.workers, trials.concurrent or trials.count)
         manifests = prepare_splits(base, say, partial(map_chunks, connect=connect))
-        _keep_facts(trials, manifests)
-        known = read_trials(folder)
+        facts = trials.facts | {"data_hashes": {split: manifest.hash for split, manifest in manifests.items()}}
+        known = [] if base.overwrite else _known(trials, facts)
         numbers, proposer = trials.fresh(known)
         if not numbers and all(trial.ended for trial in known):
             say(f"{trials.kind} {base.name} is finished: {folder.uri}")
         else:
-            _run(trials, base, known, numbers, proposer, manifests, say)
+            left = sum(not trial.ended for trial in known) + len(numbers)
+            room = make_room(base.workers, min(left, trials.concurrent or left))
+            if base.overwrite:
+                folder.delete()
+            folder.write_text(f"{trials.kind}.json", json.dumps(facts, indent=1))
+            _run(trials, base, known, numbers, proposer, manifests, room, say)
         report(read_trials(folder), manifests)
 
 
-def _keep_facts(trials: Trials, manifests: dict[str, Manifest]) -> None:
-    """Write down what is run, or see that it is the same.
+def _known(trials: Trials, facts: dict[str, Any]) -> list[SweepTrial]:
+    """The trials of an earlier start.
 
     Raises:
-        UserError: it is not, or the folder holds something else.
+        UserError: they are of something else.
     """
     folder, name = trials.folder, f"{trials.kind}.json"
-    facts = trials.facts | {"data_hashes": {split: manifest.hash for split, manifest in manifests.items()}}
-    for other, what in (("run.json", "training run"), ("sweep.json", "sweep"), ("comparison.json", "comparison")):
-        if other != name and folder.exists(other):
-            raise UserError(f"{folder.uri} holds a {what}: choose another --name")
+    require_kind(folder, name)
     if folder.exists(name) and not trials.base.allow_changes:
         allowed = (*MAY_CHANGE, *trials.may_change)
         lines = [line for line in changed_keys(folder.read_json(name), facts) if not line.startswith(allowed)]
@@ -101,7 +102,7 @@ def _keep_facts(trials: Trials, manifests: dict[str, Manifest]) -> None:
                 f"{folder.uri} holds a {trials.kind} with another configuration ({'; '.join(lines)}): "
                 "choose another --name, or --overwrite it, or go on with --allow_changes"
             )
-    folder.write_text(name, json.dumps(facts, indent=1))
+    return read_trials(folder)
 
 
 def _run(
@@ -111,13 +112,17 @@ def _run(
     numbers: list[int],
     proposer: Proposer,
     manifests: dict[str, Manifest],
+    given: tuple[int, Room],
     say: Say,
 ) -> None:
-    """Run what is left of the trials."""
-    folder, workers = trials.folder, base.workers
+    """Run what is left of the trials.
+
+    Args:
+        given: how many at a time, and what each of their workers gets.
+    """
+    folder, workers, (at_once, room) = trials.folder, base.workers, given
     interrupted = [trial for trial in known if not trial.ended]
     left = len(interrupted) + len(numbers)
-    at_once, room = make_room(workers, min(left, trials.concurrent or left))
     if known:
         say(f"goes on: {len(known) - len(interrupted)} trials have ended, {len(interrupted)} were interrupted")
     say(f"{left} trials to run, {at_once} at a time, with {workers.least} workers each")
@@ -130,17 +135,16 @@ def _run(
     line = Line(proposer, interrupted, numbers, partial(value_of, folder))
     scheduler = Politely(trials.rule(), lambda name: ray.get(desk.stop.remote(name)), known)
     retries = workers.max_failures
-    _follow(
-        partial(run_tuner, line, scheduler, shared, trials=left, at_once=at_once, retries=retries),
-        line,
-        desk,
-        folder,
-        say,
-    )
+    run = partial(run_tuner, line, scheduler, shared, trials=left, at_once=at_once, retries=retries)
+    _follow(run, line, desk, goes_on(base, folder), say)
 
 
-def _follow(run: Callable[[], None], line: Line, desk: Any, folder: Folder, say: Say) -> None:
-    """Run the tuner in another thread, and print here what the trials tell: the main thread gets the signals."""
+def _follow(run: Callable[[], None], line: Line, desk: Any, ending: str, say: Say) -> None:
+    """Run the tuner in another thread, and print here what the trials tell: the main thread gets the signals.
+
+    Args:
+        ending: what is said where one stopped it.
+    """
     errors: list[BaseException] = []
 
     def guarded() -> None:
@@ -163,6 +167,6 @@ def _follow(run: Callable[[], None], line: Line, desk: Any, folder: Folder, say:
             for text in ray.get(desk.take.remote()):
                 say(text)
     if got:
-        raise Stopped(f"the same command goes on: {folder.uri}", got[0])
+        raise Stopped(ending, got[0])
     if errors:
         raise errors[0]

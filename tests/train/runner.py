@@ -30,7 +30,7 @@ from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.evaluation import Evaluated, evaluate_checkpoint
 from ray_det.train.job import Job
 from ray_det.train.session import Runtime
-from ray_det.train.start import begin
+from ray_det.train.start import begin, claim
 from ray_det.train.step import Asked
 from tests.ranks import process_group, run_ranks
 
@@ -41,6 +41,7 @@ def run_alone(spec: dict[str, Any], rank: int = 0) -> Path:
     for _ in range(rank):  # one after the other: they write the same files
         dist.barrier()
     job = begin(config, 0.0, lambda text: None, map_in_threads)
+    claim(job)
     for _ in range(rank, spec["world"] if spec["world"] > 1 else 0):
         dist.barrier()
     folder = job.run.local

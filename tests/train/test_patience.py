@@ -50,9 +50,23 @@ def test_a_run_ends_properly_and_the_same_wherever_it_was_stopped(background, sm
 
 def test_epochs_that_were_not_evaluated_do_not_try_patience():
     config = TrainJobConfig.model_validate({"train": {"epochs": 20, "patience": 3}, "eval": {"every_epochs": 4}})
-    at = {epoch: TrainState(epoch=epoch, best_epoch=4).has_next(config) for epoch in (5, 7, 8, 19)}
+    at = {epoch: TrainState(epoch=epoch, best_epoch=4, best_ap=0.5).has_next(config) for epoch in (5, 7, 8, 19)}
     assert at == {5: True, 7: True, 8: False, 19: False}
     assert not TrainState(epoch=20, best_epoch=20).has_next(config)
+
+
+def test_a_val_without_objects_says_nothing_of_what_is_best(small_coco, tmp_path):
+    """Its AP is -1 in every epoch: the run goes through, and keeps the last weights."""
+    content = json.loads(small_coco["val"].read_text())
+    (tmp_path / "val.json").write_text(json.dumps(content | {"annotations": []}))
+    one = asked(small_coco, tmp_path / "runs")
+    one["config"]["train"]["epochs"] = 4
+    one["config"]["data"] |= {"val": str(tmp_path / "val.json"), "images": str(small_coco["val"].parent / "images")}
+    run = run_alone(one)
+    assert [r["val/AP"] for r in records(run) if "val/AP" in r] == [-1.0] * 4
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["epochs_done"] == 4 and summary["best_step"] == 4 * STEPS
+    assert "no better" not in (run / "messages.txt").read_text()
 
 
 def test_patience_needs_val(small_coco, tmp_path):

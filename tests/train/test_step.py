@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ray_det.config import OptimConfig
+from ray_det.report.wandb_log import read_history
 from ray_det.train.optim import build_optimizer, learning_rate
 from ray_det.train.step import step_seed, train_step
 from ray_det.types import TrainingError
@@ -128,6 +129,7 @@ def test_a_run_that_diverges_goes_back_to_a_sound_checkpoint_with_a_lower_rate(s
     asked["config"]["optim"] |= {"clip_norm": 0, "warmup_steps": 0, "ema_decay": 0.5}
     first = run_alone(asked | {"config": asked["config"] | {"name": "first"}})
     sound = first / "kept" / "checkpoint_00000003_validate"
+    asked["config"] |= {"wandb": {"mode": "offline"}}
     asked["config"]["optim"] |= {"lr": 1e25, "lr_min": 1e20}
     asked["config"]["train"] |= {"max_nonfinite_steps": 1, "max_rollbacks": 2, "rollback_lr_factor": 1e-14}
     (tmp_path / "run").mkdir()
@@ -143,3 +145,8 @@ def test_a_run_that_diverges_goes_back_to_a_sound_checkpoint_with_a_lower_rate(s
     assert all(value.double().abs().max() < 1e6 for value in average.values())
     final = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     assert all(state["exp_avg"].abs().max() < 1e6 for state in final.values())
+    in_wandb = {}  # where no step is taken twice: a run for each way
+    for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        in_wandb[file.stem] = [row["train/learning_rate"] for row in read_history(file) if "train/batch_loss" in row]
+    assert [name[len("run-01234567") :] for name in in_wandb] == ["", "-1", "-2"]
+    assert list(in_wandb.values())[-1] == [r["train/learning_rate"] for r in log]

@@ -10,6 +10,7 @@ import pytest
 
 from ray_det.storage import Folder
 from ray_det.train import store
+from ray_det.types import UserError
 from tests.train.disturb import config
 from tests.train.runner import run_alone
 
@@ -66,3 +67,25 @@ def test_a_checkpoint_that_is_being_validated_stays_as_long_as_one_that_knows_of
         store.keep(run, staged, store.name_of(step, phase), validating=validating)
     expected = [store.name_of(step, "train") for step in (25, 30)]
     assert names(run) == [store.name_of(16, "validate")] * validating + expected
+
+
+def test_where_all_lead_to_numbers_that_are_not_finite_the_run_begins_anew(made, tmp_path):
+    """And goes on from none of them later, when those of the new beginning are of earlier steps."""
+    run = Folder.at(str(tmp_path))
+    keep(run, made, 5)
+    with store.newest(run, before=5) as found:
+        assert found is None
+    with store.newest(run) as found:
+        assert found is None
+    keep(run, made, 3)
+    with store.newest(run) as found:
+        assert found and found.folder.name == store.name_of(3, "train")
+
+
+def test_broken_checkpoints_alone_are_no_reason_to_begin_anew(made, tmp_path):
+    run = Folder.at(str(tmp_path))
+    for step in (5, 8):
+        keep(run, made, step)
+    (tmp_path / store.name_of(5, "train") / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="SHA-256 differs"), store.newest(run, before=5):
+        pass
