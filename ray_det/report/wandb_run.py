@@ -7,8 +7,8 @@ row, and `global_step`, by which val/*, test/*, ... are charted, is right wherev
 between the step and its validation that is a row of its own, or, online, the next open one. An epoch that was validated
 in the background has its record in the row that is open by then.
 
-Offline, each start adds a folder `wandb/offline-run-*` with the same id: `wandb sync --id <id> wandb/offline-run-*`
-makes one run of them. `WANDB_MODE` in the environment counts where the configuration says `auto`.
+Offline, each start adds a folder `wandb/offline-run-*-<id>`: `wandb sync --id <id> wandb/offline-run-*-<id>` makes one
+run of them. `WANDB_MODE` in the environment counts where the configuration says `auto`.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def announce(session: Session, plan: EpochPlan) -> None:
         text += f"; {sampling} sampling of {session.job.manifests['train'].counts['trainable_images']} images"
         text += f", {different} of which are in the first epoch"
     if plan.wrapped:
-        text += f"; {plan.wrapped} images are seen twice to fill an epoch's last batch"
+        text += f"; {plan.wrapped} places of an epoch's last batch are filled with images that were seen before"
     if plan.dropped:
         text += f"; {plan.dropped} images are left out of each epoch (data.last_batch: drop)"
     session.runtime.notify({"message": text})
