@@ -172,3 +172,14 @@ def test_the_rest_of_an_epoch_is_done_where_its_plan_is_the_same(small_coco, tmp
     run = go_on(small_coco, tmp_path, "checkpoint_00000005_train", optim={"lr": 2e-3})
     assert [r["global_step"] for r in records(run) if "train/batch_loss" in r] == list(range(1, 2 * STEPS + 1))
     assert "begins anew" not in (run / "messages.txt").read_text()
+
+
+def test_data_of_other_classes_is_refused_by_their_names(small_coco, tmp_path):
+    data = {"images": str(small_coco["train"].parent / "images")}
+    for split, path in small_coco.items():
+        renamed = json.loads(path.read_text())
+        renamed["categories"][0]["name"] = "ring"
+        (tmp_path / f"{split}.json").write_text(json.dumps(renamed))
+        data[split] = str(tmp_path / f"{split}.json")
+    with pytest.raises(UserError, match=r"was trained on the classes disc, .*, not ring, "):
+        go_on(small_coco, tmp_path, "checkpoint_00000003_validate", data=data)
