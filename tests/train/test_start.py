@@ -127,6 +127,17 @@ def test_a_storage_that_cannot_be_written_is_one_line(small_coco, tmp_path):
             start(asked_for(small_coco, Path(storage)))
 
 
+def test_a_val_without_objects_is_told(small_coco, tmp_path):
+    empty = json.loads(small_coco["val"].read_text()) | {"annotations": []}
+    (tmp_path / "val.json").write_text(json.dumps(empty))
+    asked, said = config(small_coco, tmp_path), []
+    for annotated in (True, False):
+        begin(TrainJobConfig.model_validate(asked), 0.0, said.append, map_in_threads)
+        assert any("val has no object, so val/AP says nothing" in line for line in said) is not annotated
+        images = {"val": str(tmp_path / "val.json"), "images": str(small_coco["val"].parent / "images")}
+        asked |= {"data": asked["data"] | images}
+
+
 def go_on(small_coco: dict[str, Path], tmp_path: Path, checkpoint: str, **changes: dict[str, Any]) -> Path:
     """A run of two epochs, and from one of its checkpoints another with changed options."""
     asked = spec(small_coco, tmp_path, "fcos", epochs=2, lr=1e-3)
