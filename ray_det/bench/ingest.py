@@ -31,11 +31,14 @@ from ray_det.data.manifest import Manifest
 from ray_det.data.plan import plan_epoch, resized, round_up
 from ray_det.data.prepare import prepare
 from ray_det.train.start import cache_folder
+from ray_det.types import UserError
 
 if TYPE_CHECKING:
     from ray_det.data.pipeline import Loaders
 
 LOADERS = 2
+FEWEST_BATCHES = 32
+"""Of an epoch whose rate is measured: with less, it depends on where in a task's eight batches the epoch ends."""
 
 
 class Config(Bench):
@@ -48,6 +51,10 @@ class Config(Bench):
 
 
 def run(config: Config) -> Iterator[Figure]:
+    if "stream" in config.parts and config.epoch_images < (least := FEWEST_BATCHES * max(config.batches)):
+        raise UserError(
+            f"--epoch_images {config.epoch_images}: expected >= {least}, {FEWEST_BATCHES} batches of the largest size"
+        )
     cache = cache_folder("./runs") / "bench"
     source = config.data or str(photos.draw(cache / "photos", photos.coco_sizes(256, seed=0)))
     manifest, _ = prepare(source, config.images, cache / "manifests")
@@ -94,12 +101,21 @@ def _streams(config: Config, manifest: Manifest) -> Iterator[Figure]:
 
 def _rate(open_epoch: Callable[[], Iterable[Any]]) -> float:
     """Images per second after the first quarter of an epoch."""
-    seen: list[tuple[float, int]] = []
+    arrivals: list[float] = []
+    images: list[int] = []
     for batch in open_epoch():
         pixels = batch.pixels_BHW3 if hasattr(batch, "pixels_BHW3") else batch[0]
-        seen.append((time.perf_counter(), len(pixels)))
-    start = len(seen) // 4
-    return sum(n for _, n in seen[start + 1 :]) / (seen[-1][0] - seen[start][0])
+        arrivals.append(time.perf_counter())
+        images.append(len(pixels))
+    start = len(arrivals) // 4
+    return steady_rate(np.array(arrivals[start:]), np.array(images[start:]))
+
+
+def steady_rate(arrivals_B: np.ndarray, images_B: np.ndarray) -> float:
+    """Images per second of batches that came one by one or several at once: the slope of the line through the images
+    until then over seconds. From one arrival to another is no measure: what came together was made before.
+    """
+    return float(np.polyfit(arrivals_B - arrivals_B[0], np.cumsum(images_B), 1)[0])
 
 
 def _turnover(loaders: Loaders, work: Shard) -> Callable[[], float]:
