@@ -26,6 +26,8 @@ from ray_det.train.optim import build_optimizer
 from ray_det.types import ClassList, MicroBatch
 
 IMAGES = 8192
+TRAINED = 128
+"""Images of a repetition of training steps."""
 
 
 class Config(Bench):
@@ -79,24 +81,31 @@ def _padding(config: Config, sizes_N2: np.ndarray, batch: int, ranks: int) -> Fi
 
 
 def _training(config: Config, sizes_N2: np.ndarray, batch: int) -> Figure:
-    """Steps of a small FCOS over one window of batches, whose shapes are the plan's."""
+    """Steps of a small FCOS over batches whose shapes stand for an epoch's."""
     model = ModelConfig(name="torchvision/fcos_mobilenet_v3_small_fpn", weights="none", fpn_channels=32)
     detector = build_detector(model, ClassList(("thing",), (1,)))[0].train()
     optimizer = build_optimizer(OptimConfig(), detector)
-    number = 64 // batch
 
     def rate(window: int) -> float:
         data = DatasetConfig(image_size=config.train_image_size, window=window)
         plan = plan_of(sizes_N2, data, batch, 1, 0)
+        canvases = spread(plan.canvas_S2, TRAINED // batch).tolist()
         start = time.perf_counter()
-        for canvas in plan.canvas_S2[:number].tolist():
+        for canvas in canvases:
             _step(detector, optimizer, batch, canvas)
-        return number * batch / (time.perf_counter() - start)
+        return len(canvases) * batch / (time.perf_counter() - start)
 
     ours, peer = (Arm(name, partial(rate, w), {"window": w}) for name, w in (("planned", 16), ("random batches", 1)))
     where = f"{config.train_image_size} px, batch {batch}, FCOS"
     more = {"threads": torch.get_num_threads()}
     return compare(f"training, {where}", "images/s", ours, peer, repeats=config.repeats, target=">= 1.2x", more=more)
+
+
+def spread(canvas_S2: np.ndarray, count: int) -> np.ndarray:
+    """Some canvases of an epoch in its order: from the smallest to the largest, each stands for as many."""
+    by_area_S = canvas_S2.prod(axis=1, dtype=np.int64).argsort(kind="stable")
+    middles = ((np.arange(count) + 0.5) / count * len(canvas_S2)).astype(int)
+    return canvas_S2[np.sort(by_area_S[middles])]
 
 
 def _step(detector: Detector, optimizer: torch.optim.Optimizer, batch: int, canvas: list[int]) -> None:
