@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -33,6 +33,7 @@ from ray_det.bench.measure import Arm, Bench, Figure, compare, single
 from ray_det.cluster import cores
 from ray_det.config import ModelConfig, TrainJobConfig
 from ray_det.models.build import build_detector
+from ray_det.serve.config import ServeConfig
 from ray_det.train.checkpoint import TrainState
 from ray_det.train.job import RunFacts
 from ray_det.train.snapshot import Snapshot
@@ -75,6 +76,8 @@ def run(config: Config) -> Iterator[Figure]:
         torch.set_num_threads(cores())
         detector = ray_det.load(checkpoint)
 
+        alone = {"threads": cores(), "requests": config.requests, "batch_size": 1}
+
         def loop() -> float:
             began = time.perf_counter()
             for i in range(config.requests):
@@ -83,38 +86,50 @@ def run(config: Config) -> Iterator[Figure]:
 
         with _served(checkpoint, config, Path(scratch)) as url:
             for clients in config.clients:
-                yield _steady(config, url, pictures, clients, Arm("detector.predict", loop, {"threads": cores()}))
+                yield _steady(config, url, pictures, clients, Arm("detector.predict", loop, alone))
             yield _overload(config, url, pictures)
 
 
 def _steady(config: Config, url: str, pictures: list[bytes], clients: int, peer: Arm) -> Figure:
-    latencies: list[float] = []
+    latencies: list[list[float]] = []
     seen: dict[str, object] = {"model": config.checkpoint or f"{config.model}, random, {config.image_size} px"}
 
     def served() -> float:
         load = ask(url, pictures, clients, config.requests)
         if load.statuses != {"200": config.requests}:
             raise RuntimeError(f"not all of {config.requests} requests were answered: {dict(load.statuses)}")
-        latencies.extend(load.latencies_s)
-        seen["p50_s"], seen["p99_s"] = quantile(latencies, 0.5), quantile(latencies, 0.99)
+        latencies.append(load.latencies_s)
         return load.rate
 
     what = f"served, {clients} client{'s' if clients > 1 else ''}"
-    return compare(what, "images/s", Arm("jobs/serve.py", served), peer, repeats=config.repeats, more=seen)
+    ours = Arm("jobs/serve.py", served, _settings(clients, config.requests))
+    figure = compare(what, "images/s", ours, peer, repeats=config.repeats, more=seen)
+    counted = [s for run in latencies[1:] for s in run]  # the first is the warm-up's
+    seen["p50_s"], seen["p99_s"] = quantile(counted, 0.5), quantile(counted, 0.99)
+    return figure
 
 
 def _overload(config: Config, url: str, pictures: list[bytes]) -> Figure:
     seen: dict[str, object] = {}
 
+    requests = 5 * config.overload
+
     def served() -> float:
-        load = ask(url, pictures, config.overload, 5 * config.overload)
+        load = ask(url, pictures, config.overload, requests)
         if (after := ask(url, pictures, 1, 1).statuses) != {"200": 1}:
             raise RuntimeError(f"the server does not answer after the overload: {dict(after)}")
         seen.update(statuses=dict(load.statuses), p99_s=quantile(load.latencies_s, 0.99))
         return load.rate
 
     what = f"served under overload, {config.overload} clients"
-    return single(what, "images/s", Arm("jobs/serve.py", served), repeats=1, warm_up=False, more=seen)
+    arm = Arm("jobs/serve.py", served, _settings(config.overload, requests))
+    return single(what, "images/s", arm, repeats=1, warm_up=False, more=seen)
+
+
+def _settings(clients: int, requests: int) -> dict[str, Any]:
+    """Of a repetition, and of the server, which is started with the defaults."""
+    limits = {"replicas", "cpus", "gpus", "batch_size", "batch_wait_s", "max_ongoing_requests", "max_queued_requests"}
+    return {"clients": clients, "requests": requests} | ServeConfig(checkpoint="").model_dump(include=limits)
 
 
 def ask(url: str, pictures: list[bytes], clients: int, requests: int) -> Load:
