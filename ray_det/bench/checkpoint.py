@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from ray_det.train.session import Session
 from ray_det.train.start import begin
 from ray_det.train.step import train_step
 from ray_det.train.store import keep
-from ray_det.types import MicroBatch
+from ray_det.types import MicroBatch, UserError
 
 
 class SmallModel(ModelConfig):
@@ -35,12 +36,12 @@ class Config(Bench):
     image_size: Annotated[int, Field(ge=32)] = Field(default=128, description="side of the images, pixels")
     threads: Annotated[int, Field(ge=1)] = Field(default=1, description="torch threads")
     steps: Annotated[int, Field(ge=1)] = Field(default=6, description="steps within which a checkpoint is written")
-    storage: str | None = Field(default=None, description="local folder that gets the checkpoints; default: temporary")
+    storage: str | None = Field(default=None, description="local folder whose disk is measured; default: temporary")
 
 
 def run(config: Config) -> Iterator[Figure]:
-    with TemporaryDirectory() as temporary:
-        session, batches = _prepared(config, Path(config.storage or temporary))
+    with _folder(config.storage) as storage:
+        session, batches = _prepared(config, storage)
         _steps(session, batches, 1)  # or there is no optimizer state
         weights = sum(p.nbytes for p in session.detector.parameters())
         more = {"model": config.model.name, "weights_mb": weights / 1e6, "checkpoint_mb": 3 * weights / 1e6}
@@ -63,6 +64,19 @@ def run(config: Config) -> Iterator[Figure]:
         )
         yield compare("a checkpoint and steps after it", "s", *arms(_all_s), repeats=config.repeats, more=more)
         session.writer.close()
+
+
+@contextmanager
+def _folder(storage: str | None) -> Iterator[Path]:
+    """A new one, in `storage` where that is given, which goes at the end."""
+    try:
+        if storage:
+            Path(storage).mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(prefix="bench-", dir=storage)
+    except OSError as error:
+        raise UserError(f"--storage {storage}: {error.strerror}") from None
+    with folder as path:
+        yield Path(path)
 
 
 def _held_s(session: Session, batches: list[MicroBatch], steps: int) -> float:
@@ -95,7 +109,6 @@ def _prepared(config: Config, storage: Path) -> tuple[Session, list[MicroBatch]]
         {
             "name": "bench",
             "storage": str(storage),
-            "overwrite": True,
             "model": config.model.model_dump(),
             "data": {"image_size": config.image_size},
             "train": {"global_batch_size": 2},
