@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ray_det.config import Section
 
@@ -78,6 +78,14 @@ class Costs(Section):
     upload_gb_s: float = number(0.2, "assumed", "GB/s at which they are copied to the storage")
     snapshot_gb_s: float = number(10, "assumed", "GB/s at which they are copied in memory first")
     gpu_hour_usd: float = number(4, "assumed", "price of a GPU for an hour, USD")
+
+    @model_validator(mode="after")
+    def _cpus_for_loaders(self) -> Self:
+        if self.node_cpus <= (taken := self.node_gpus * self.worker_cpus):
+            raise ValueError(
+                f"--node_cpus {self.node_cpus}: expected > {taken:g}, what the workers of {self.node_gpus} GPUs reserve"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from ray_det.bench.scaling import (
     steady_limits,
     writing_s,
 )
+from ray_det.types import UserError
 
 GPUS = (8, 64, 512, 1024)
 IMAGES = (10**5, 10**6, 10**7, 10**8, 10**9)
@@ -48,11 +49,20 @@ class Config(Costs):
 def run(config: Config) -> Iterator[Figure]:
     """Prints; there is nothing to measure."""
     found = tables(Costs.model_validate(config.model_dump(exclude={"doc"})))
-    print("\n\n".join(f"{name}\n\n{table}" for name, table in found.items()))
     if config.doc:
-        path = Path(config.doc)
-        path.write_text(fill(path.read_text(), found))
+        _write(Path(config.doc), found)
+    print("\n\n".join(f"{name}\n\n{table}" for name, table in found.items()))
     return iter(())
+
+
+def _write(path: Path, found: dict[str, str]) -> None:
+    try:
+        text = path.read_text()
+        if not any(f"<!-- {name} -->" in text for name in found):
+            raise UserError(f"--doc {path}: there is none of the marks <!-- {' -->, <!-- '.join(found)} -->")
+        path.write_text(fill(text, found))
+    except OSError as error:
+        raise UserError(f"--doc {path}: {error.strerror}") from None
 
 
 def fill(text: str, found: dict[str, str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_det import cli
 from ray_det.bench import simulate
 from ray_det.bench.scaling import (
     ANYWHERE,
@@ -29,6 +30,7 @@ from ray_det.bench.scaling import (
     steady_limits,
     writing_s,
 )
+from ray_det.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 COSTS = Costs()
@@ -45,6 +47,32 @@ def test_the_document_has_the_tables_that_simulate_prints(capsys):
     for name, table in simulate.tables(COSTS).items():
         assert f"<!-- {name} -->\n{table}\n<!-- end -->" in text, name
         assert f"{name}\n\n{table}" in printed
+
+
+def test_a_document_that_cannot_be_filled_is_told_and_left(tmp_path):
+    file = tmp_path / "doc.md"
+    with pytest.raises(UserError, match=f"--doc {file}: No such file"):
+        simulate.run(simulate.Config(doc=str(file)))
+    file.write_text("No marks.\n")
+    with pytest.raises(UserError, match=f"--doc {file}: there is none of the marks <!-- numbers -->"):
+        simulate.run(simulate.Config(doc=str(file)))
+    assert file.read_text() == "No marks.\n"
+    file.write_text("<!-- CPUs -->\n<!-- end -->\n")  # one is enough
+    simulate.run(simulate.Config(doc=str(file)))
+    assert "| RetinaNet, H100 |" in file.read_text()
+
+
+@pytest.mark.parametrize("cpus", [4, 8])
+def test_a_node_without_cpus_for_loaders_is_told(cpus):
+    with pytest.raises(UserError, match=f"^--node_cpus {cpus}: expected > 8, what the workers of 8 GPUs reserve"):
+        cli.parse(simulate.Config, ["--node_cpus", str(cpus)], description="")
+
+
+def test_the_prose_says_what_fewer_reads_would_need():
+    row = simulate.cpus(COSTS.model_copy(update={"loader_reads": 2})).splitlines()[-1]
+    needed = row.split(" | ")[2]
+    text = " ".join((ROOT / "docs" / "scaling.md").read_text().split())
+    assert f"with two at once a RetinaNet on an H100 would need {needed} CPUs" in text
 
 
 def test_no_epoch_is_faster_than_any_of_its_limits():
