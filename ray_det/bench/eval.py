@@ -25,10 +25,10 @@ from ray_det.bench.measure import Arm, Bench, Figure, compare
 from ray_det.data import coco
 from ray_det.data.headers import Header
 from ray_det.data.manifest import Manifest, build
-from ray_det.data.preflight import inspect
+from ray_det.data.preflight import KINDS, inspect
 from ray_det.evaluate.coco_eval import NAMES, coco_metrics
 from ray_det.evaluate.results import Results
-from ray_det.types import ClassList, Detections
+from ray_det.types import ClassList, Detections, UserError
 
 Count = Annotated[int, Field(ge=1)]
 CROWDS, NEAR = 0.01, 0.5
@@ -47,8 +47,12 @@ class Config(Bench):
 
 def run(config: Config) -> Iterator[Figure]:
     draws = np.random.default_rng(config.seed)
-    document = json.loads(Path(config.data).read_text()) if config.data else _document(config, draws)
-    manifest = _manifest(document)
+    content = _read(config.data) if config.data else json.dumps(_document(config, draws)).encode()
+    manifest = _manifest(content, config.data or "drawn objects")
+    document = json.loads(content)
+    for annotation in document["annotations"]:  # pycocotools has no defaults
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
     detections = _detections(document, manifest.classes, config.detections, draws)
     yield _scoring(config, document, manifest, detections)
     wanted = coco_metrics(manifest, Results.of(detections))
@@ -174,14 +178,32 @@ def _document(config: Config, draws: np.random.Generator) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _manifest(document: dict[str, Any]) -> Manifest:
-    """As if all files were there, in the size that is declared."""
-    sizes = {image["file_name"]: (image["height"], image["width"]) for image in document["images"]}
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--data {path}: {error.strerror}") from None
+
+
+def _manifest(content: bytes, source: str) -> Manifest:
+    """As if all files were there, in the size that is declared.
+
+    Raises:
+        UserError: not COCO, or what the scoring here cannot do without: sizes, ids that are listed, once each.
+    """
+    data = coco.parse(content, source)
+    sizes = dict(zip(data.file_names, data.declared_I2.tolist(), strict=True))
+    if unknown := [name for name, size in sizes.items() if min(size) < 1]:
+        raise UserError(f"{source}: {unknown[0]} has no height and width")
 
     def map_chunks(_: Any, chunks: list) -> list[list[Header]]:
         return [[Header("ok", *sizes[name]) for name in names] for _, names in chunks]
 
-    return build(inspect(coco.parse(json.dumps(document).encode(), "bench"), "/", map_chunks)[0], "/")
+    checked, report = inspect(data, "/", map_chunks)
+    for kind in ("duplicate_image_id", "duplicate_annotation_id", "unknown_image_id", "unknown_category_id"):
+        for finding in report.findings.get(kind, ()):
+            raise UserError(f"{source}: {KINDS[kind][1].partition(';')[0]}: {finding}")
+    return build(checked, "/")
 
 
 def _detections(document: Any, classes: ClassList, count: int, draws: np.random.Generator) -> list[Detections]:
