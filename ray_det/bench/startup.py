@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from pydantic import Field
 
 from ray_det.bench.measure import Arm, Bench, Figure, compare
+from ray_det.types import UserError
 
 BATCH = 4  # images, of recipe quickstart
 JOB = Path(__file__).parents[2] / "jobs" / "train.py"
@@ -58,14 +59,28 @@ def run(config: Config) -> Iterator[Figure]:
 
 def first_step_s(config: Config, storage: Path, name: str, waits: list[float]) -> float:
     """Until metrics.jsonl has its first line; the run is stopped then. `waits` gets how long it waited for its data."""
-    command = [sys.executable, JOB, "--recipe", "quickstart", "--model.name", config.model, "--wandb.mode", "disabled"]
+    command = [
+        sys.executable,
+        str(JOB),
+        "--recipe",
+        "quickstart",
+        "--model.name",
+        config.model,
+        "--wandb.mode",
+        "disabled",
+    ]
+    command += ["--storage", str(storage), "--name", name]
+    log, said = storage / name / "metrics.jsonl", storage / f"{name}.log"
     began = time.monotonic()
-    job = subprocess.Popen([*command, "--storage", storage, "--name", name], stdout=subprocess.DEVNULL, env=_env())
-    log = storage / name / "metrics.jsonl"
+    with said.open("w") as errors:
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=_env())
     try:
         while not (log.exists() and log.stat().st_size):
-            if job.poll() is not None or time.monotonic() - began > config.timeout_s:
-                raise RuntimeError(f"the job made no step within {config.timeout_s:g} s, status {job.poll()}")
+            if job.poll() is not None:
+                last = said.read_text().strip().rpartition("\n")[2]
+                raise UserError(f"the job ended before its first step, status {job.returncode}: {last}")
+            if time.monotonic() - began > config.timeout_s:
+                raise UserError(f"the job made no step within --timeout_s {config.timeout_s:g}")
             time.sleep(0.02)
         seconds = time.monotonic() - began
         step = json.loads(log.read_text().splitlines()[0])
