@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -47,7 +47,9 @@ class Config(Bench):
     image_sizes: tuple[int, ...] = Field(default=(640, 192), description="sides that images are resized to, pixels")
     batches: tuple[int, ...] = Field(default=(4, 16), description="images per batch")
     epoch_images: Annotated[int, Field(ge=64)] = Field(default=1024, description="images per repetition")
-    parts: tuple[str, ...] = Field(default=("stream", "first", "decode"), description="which figures")
+    parts: tuple[Literal["stream", "first", "decode"], ...] = Field(
+        default=("stream", "first", "decode"), description="which figures"
+    )
 
 
 def run(config: Config) -> Iterator[Figure]:

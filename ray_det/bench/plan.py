@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,9 @@ class Config(Bench):
     image_size: Annotated[int, Field(ge=32)] = Field(default=640, description="side that images are resized to, pixels")
     train_image_size: Annotated[int, Field(ge=32)] = Field(default=320, description="the same for the training steps")
     sizes: tuple[int, ...] = Field(default=(10**4, 10**5, 10**6, 10**7), description="images that are planned")
-    parts: tuple[str, ...] = Field(default=("padding", "train", "time"), description="which figures")
+    parts: tuple[Literal["padding", "train", "time"], ...] = Field(
+        default=("padding", "train", "time"), description="which figures"
+    )
 
 
 def run(config: Config) -> Iterator[Figure]:

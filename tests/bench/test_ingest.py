@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ray_det.bench import ingest
+from ray_det import cli
+from ray_det.bench import ingest, plan
 from ray_det.types import UserError
 
 
@@ -49,3 +50,9 @@ def test_an_epoch_of_few_batches_has_no_rate() -> None:
     config = ingest.Config(batches=(4, 64), epoch_images=64, parts=("stream",))
     with pytest.raises(UserError, match="--epoch_images 64: expected >= 2048"):
         next(ingest.run(config))
+
+
+@pytest.mark.parametrize("module", [ingest, plan])
+def test_a_part_that_there_is_not(module) -> None:
+    with pytest.raises(UserError, match="--parts: expected list of .*, got 'bogus'"):
+        cli.parse(module.Config, ["--parts", "bogus"], description="")
