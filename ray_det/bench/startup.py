@@ -59,17 +59,8 @@ def run(config: Config) -> Iterator[Figure]:
 
 def first_step_s(config: Config, storage: Path, name: str, waits: list[float]) -> float:
     """Until metrics.jsonl has its first line; the run is stopped then. `waits` gets how long it waited for its data."""
-    command = [
-        sys.executable,
-        str(JOB),
-        "--recipe",
-        "quickstart",
-        "--model.name",
-        config.model,
-        "--wandb.mode",
-        "disabled",
-    ]
-    command += ["--storage", str(storage), "--name", name]
+    command = [sys.executable, str(JOB), "--recipe", "quickstart", "--model.name", config.model]
+    command += ["--wandb.mode", "disabled", "--storage", str(storage), "--name", name]
     log, said = storage / name / "metrics.jsonl", storage / f"{name}.log"
     began = time.monotonic()
     with said.open("w") as errors:
