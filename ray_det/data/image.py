@@ -79,7 +79,7 @@ def sources(manifest: Manifest, rows: np.ndarray) -> list[Source]:
         if place.shard is None and paths.is_outside(place.uri, manifest.root):
             raise UserError(f"{place.uri} is refused: it is a symbolic link that leaves {manifest.root}")
     sizes = zip(columns["height"].to_pylist(), columns["width"].to_pylist(), strict=True)
-    boxes_of, labels_of = np.split(boxes, cuts[:-1]), np.split(labels, cuts[:-1])
+    boxes_of, labels_of = np.split(boxes, cuts)[:-1], np.split(labels, cuts)[:-1]  # no rows: no parts
     ids = columns["image_id"].to_pylist()
     return [Source(*values) for values in zip(ids, sizes, places, boxes_of, labels_of, strict=True)]
 

@@ -27,11 +27,11 @@ def manifest(tmp_path_factory):
     return paint(tmp_path_factory.mktemp("painted"), SIZES)
 
 
-def plan_of(manifest, epoch: int = 0, resize: str = "longest") -> EpochPlan:
+def plan_of(manifest, epoch: int = 0, resize: str = "longest", size: int = 3) -> EpochPlan:
     config = DatasetConfig.model_validate({"image_size": 160, "resize": resize, "window": 2})
     rows = manifest.trainable_rows()
     heights, widths = (manifest.table[name].to_numpy()[rows] for name in ("height", "width"))
-    shape: dict[str, Any] = {"micro_batches": 2, "micro_batch_size": 3, "divisor": 32, "seed": 7, "epoch": epoch}
+    shape: dict[str, Any] = {"micro_batches": 2, "micro_batch_size": size, "divisor": 32, "seed": 7, "epoch": epoch}
     return plan_epoch(heights, widths, rows, config, **shape)
 
 
@@ -167,6 +167,17 @@ def test_what_is_composed_depends_on_seed_epoch_and_image_alone(manifest):
             same(batch, alone[batch.step, batch.index])
     again = load(Shard(manifest, replace(plan, epoch=4).assign(0, 1), spec))
     assert not any(np.array_equal(b.pixels_BHW3, alone[b.step, b.index].pixels_BHW3) for b in again)
+
+
+@pytest.mark.parametrize("kind", ["mosaic", "mixup", "copy_paste"])
+def test_a_block_in_which_no_image_meets_another_is_as_its_part_of_a_larger_one(manifest, kind):
+    spec, work = spec_of(augment=PLAIN.model_copy(update={kind: 0.3})), plan_of(manifest, size=1).assign(0, 1)
+    plain, composed = (load(Shard(manifest, work, one)) for one in (spec_of(), spec))
+    alone = [load(Shard(manifest, work, spec), i, i + 1)[0] for i in range(len(work))]
+    for one, other in zip(alone, composed, strict=True):
+        same(one, other)
+    met = [not np.array_equal(a.pixels_BHW3, b.pixels_BHW3) for a, b in zip(plain, alone, strict=True)]
+    assert 0 < np.mean(met) < 1
 
 
 def test_what_is_off_changes_nothing(manifest):
