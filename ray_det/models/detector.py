@@ -9,6 +9,7 @@ Shape legend: B images, H W canvas pixels, N boxes of one image.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ray_det.types import IMAGENET_MEAN, MicroBatch
+from ray_det.types import IMAGENET_MEAN, MicroBatch, UserError
+
+ONE_VALUE = "Expected more than 1 value per channel when training"
+"""How torch begins what it says of a batch norm without a variance; the shape of its input follows."""
 
 
 class Target(TypedDict):
@@ -93,8 +97,17 @@ class Detector(nn.Module):
         return torch.where(batch.pixel_mask_BHW[:, None], images, (pad - mean) / std)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, under the name that DistributedDataParallel calls."""
-        return self.loss(batch)
+        """`loss`, under the name that DistributedDataParallel calls.
+
+        Raises:
+            UserError: a batch norm in training has one value per channel, and so no variance.
+        """
+        try:
+            return self.loss(batch)
+        except ValueError as error:
+            if not str(error).startswith(ONE_VALUE):
+                raise
+            raise _too_few_values(batch, str(error)) from error
 
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -127,6 +140,16 @@ def to_device(micro: MicroBatch, device: torch.device) -> Batch:
     sizes = [(int(h), int(w)) for h, w in micro.sizes_B2]
     sizes_B2, boxes, labels = _annotations(micro, device)
     return Batch(images_B3HW, pixel_mask(sizes_B2, height, width), sizes, _targets(micro, boxes, labels))
+
+
+def _too_few_values(batch: Batch, problem: str) -> UserError:
+    channels = re.findall(r"\d+", problem.removeprefix(ONE_VALUE))[1]
+    images, _, height, width = batch.images_B3HW.shape
+    return UserError(
+        f"BatchNorm has one value for each of its {channels} channels, which has no variance: a micro-batch of "
+        f"{images} image{'s' * (images > 1)} of {height} x {width} pixels is too little, raise "
+        "train.micro_batch_size or data.image_size"
+    )
 
 
 def pixel_mask(sizes_B2: Tensor, height: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 
 from ray_det.models.build import build_detector
 from ray_det.models.detector import Batch, Prediction, to_device
-from ray_det.types import IMAGENET_MEAN, MicroBatch
+from ray_det.types import IMAGENET_MEAN, MicroBatch, UserError
 from tests.models.zoo import CLASSES, CNNS, CPU, DETRS, FAMILIES, SIZES, batch, build, gradients, spread_scores
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -83,6 +83,17 @@ def test_the_validation_loss_is_a_function_of_the_batch(family):
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(predictions, alone, strict=True):
         assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["scores"], b["scores"])
+
+
+def test_too_few_values_for_batch_norm_are_told():
+    pixels = np.zeros((1, 32, 32, 3), np.uint8)
+    size, boxes, labels = np.array([[32, 32]], np.int32), np.array([[2, 2, 20, 20]], np.float32), np.array([1])
+    alone = to_device(MicroBatch(0, 0, 0, pixels, size, size, np.arange(1), [boxes], [labels]), CPU)
+    detector = build("fcos").train()
+    with pytest.raises(UserError, match=r"^BatchNorm .* 96 channels, .* 1 image of 32 x 32 pixels") as raised:
+        detector(alone)
+    assert "\n" not in str(raised.value)
+    assert torch.isfinite(detector.eval()(alone)["loss"])
 
 
 @families
