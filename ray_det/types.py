@@ -5,6 +5,7 @@ Shape legend: B images of a micro-batch, H W canvas pixels, N boxes of one image
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -57,6 +58,14 @@ class ClassList:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def distinct_names(self) -> tuple[str, ...]:
+        """`names`, with ids where several classes have one name: for what is kept or shown by name."""
+        counts = Counter(self.names)
+        full = tuple(f"{name} (id {i})" for name, i in zip(self.names, self.category_ids, strict=True))
+        told_apart = tuple(long if counts[name] > 1 else name for name, long in zip(self.names, full, strict=True))
+        return told_apart if len(set(told_apart)) == len(told_apart) else full
 
     def to_json(self) -> list[dict[str, int | str]]:
         """COCO's own `categories` list."""

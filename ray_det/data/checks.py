@@ -1,6 +1,6 @@
 """Every check of a COCO file against its image headers, as pure functions from columns to masks.
 
-Shape legend: I images and M annotations in the order of the file, R rows of the manifest.
+Shape legend: I images and M annotations in the order of the file, R rows of the manifest, C categories.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Checked:
     usable_M: np.ndarray  # bool: can be a training target, as far as the box alone goes
     image_marks: dict[str, np.ndarray]  # kind -> bool (I,)
     box_marks: dict[str, np.ndarray]  # kind -> bool (M,)
+    category_marks: dict[str, np.ndarray]  # kind -> bool (C,)
 
     def targets(self) -> np.ndarray:
         """bool (M,): what training will see."""
@@ -74,6 +75,7 @@ def check(data: CocoData, headers: list[Header]) -> Checked:
         usable_M=~np.any([box_marks[k] for k in unusable], axis=0),
         image_marks=image_marks,
         box_marks=box_marks,
+        category_marks={"duplicate_category_name": _repeated(np.array(data.classes.names, object))},
     )
 
 

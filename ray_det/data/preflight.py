@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "box_partly_outside": ("warning", "box partly outside of its image; clipped in training"),
     "non_finite_area": ("warning", "NaN or infinity as an area"),
     "duplicate_file_name": ("warning", "file listed under several image ids"),
+    "duplicate_category_name": ("warning", "name of an earlier category too; two classes, told apart by their ids"),
     "exif_orientation": ("warning", "EXIF orientation, never applied: boxes must fit the stored pixels"),
     "annotation_id_zero": ("info", "annotation id 0: pycocotools takes its match for none"),
     "mode_not_rgb": ("info", "not an RGB image; converted"),
@@ -54,7 +55,7 @@ _SHOWN = 3
 @dataclass(frozen=True)
 class Finding:
     file: str
-    image_id: int
+    image_id: int | None
     annotation_id: int | None
     value: str
 
@@ -145,11 +146,12 @@ def inspect(
 
 def _report(checked: Checked, root: str) -> PreflightReport:
     data = checked.data
-    marks = checked.image_marks | checked.box_marks
+    marks = checked.image_marks | checked.box_marks | checked.category_marks
+    make = dict.fromkeys(checked.image_marks, _image_finding) | dict.fromkeys(checked.box_marks, _box_finding)
+    make |= dict.fromkeys(checked.category_marks, _category_finding)
     findings: dict[str, tuple[Finding, ...]] = {}
     for kind in KINDS:
-        make = _image_finding if kind in checked.image_marks else _box_finding
-        found = tuple(make(checked, kind, int(i)) for i in np.flatnonzero(marks[kind])[:MAX_LISTED])
+        found = tuple(make[kind](checked, kind, int(i)) for i in np.flatnonzero(marks[kind])[:MAX_LISTED])
         if found:
             findings[kind] = found
     return PreflightReport(
@@ -197,6 +199,11 @@ def _box_finding(checked: Checked, kind: str, m: int) -> Finding:
         "non_finite_area": f"area {data.area_M[m]}",
     }.get(kind, value)
     return Finding(file, int(data.image_of_M[m]), int(data.annotation_ids_M[m]), value)
+
+
+def _category_finding(checked: Checked, kind: str, c: int) -> Finding:
+    names, ids = checked.data.classes.names, checked.data.classes.category_ids
+    return Finding(f"category {ids[c]}", None, None, f"{names[c]}, as category {ids[names.index(names[c])]}")
 
 
 def require_trainable(manifest: Manifest) -> None:

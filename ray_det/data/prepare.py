@@ -21,7 +21,7 @@ from ray_det.types import DEFAULT_LIMITS, ClassList, ImageLimits, UserError
 ALL_CLASSES = Selection()
 _LOOKED_FOR = 100
 """Images that are looked for under a candidate root: the first ones may be the missing ones."""
-_FORMAT = f"prepare 2, manifest {manifest.FORMAT}"
+_FORMAT = f"prepare 3, manifest {manifest.FORMAT}"
 
 
 def prepare(

@@ -47,7 +47,7 @@ def write_analysis(
     names = {}
     for image_id, picture in _worst_pictures(analysis, manifest, results, data).items():
         names[image_id] = f"image_{image_id}.jpg"
-        drawn = draw(picture, manifest.classes.names, min_score=analysis.f1.macro.threshold)
+        drawn = draw(picture, manifest.classes.distinct_names, min_score=analysis.f1.macro.threshold)
         (pictures / names[image_id]).write_bytes(to_jpeg(drawn))
     content = {"split": split} | to_json(analysis, manifest, names)
     (folder / FILE).write_text(json.dumps(content))
@@ -64,7 +64,7 @@ def to_json(analysis: Analysis, manifest: Manifest, pictures: dict[int, str]) ->
         "iou": IOU,
         "background_iou": BACKGROUND_IOU,
         "images": analysis.images,
-        "classes": list(manifest.classes.names),
+        "classes": list(manifest.classes.distinct_names),
         "objects": analysis.objects_K.tolist(),
         "precision": _rounded(analysis.precision_RK.T),
         "f1": {

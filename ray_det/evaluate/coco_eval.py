@@ -23,10 +23,13 @@ NAMES += ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
 
 
 def coco_metrics(manifest: Manifest, results: Results, scorer: Scorer = "hotcoco") -> dict[str, float]:
-    """The twelve COCO numbers under `NAMES`, and `AP/<class name>` for every class; both scorers give the same bits.
+    """The twelve COCO numbers under `NAMES`, and `AP/<class>` for every class; both scorers give the same bits.
 
     Args:
         results: of images of the manifest; those that they leave out count as images without detections.
+
+    Returns:
+        With `ClassList.distinct_names` of the classes.
     """
     classes = manifest.classes
     if scorer == "hotcoco":
@@ -49,7 +52,7 @@ def _summary(curves: Curves) -> dict[str, float]:
 def _per_class(curves: Curves, classes: ClassList) -> dict[str, float]:
     """AP over IoU 0.50:0.95, all areas, 100 detections; -1 for a class without objects."""
     metrics = {}
-    for label, name in enumerate(classes.names):
+    for label, name in enumerate(classes.distinct_names):
         values = curves.precision_TRKAD[:, :, label, 0, -1]
         values = values[values > -1]
         metrics[f"AP/{name}"] = float(np.mean(values)) if values.size else -1.0

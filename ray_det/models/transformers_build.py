@@ -97,8 +97,8 @@ def override(config: PreTrainedConfig, changes: dict[str, Any], where: str) -> P
 
 def with_labels(config: PreTrainedConfig, classes: ClassList) -> PreTrainedConfig:
     """The configuration for these classes and for any canvas: no position or anchor is fixed to one size."""
-    config.id2label = dict(enumerate(classes.names))
-    config.label2id = {name: i for i, name in enumerate(classes.names)}
+    config.id2label = dict(enumerate(classes.distinct_names))
+    config.label2id = {name: i for i, name in config.id2label.items()}
     for field in ("eval_size", "anchor_image_size"):
         if hasattr(config, field):
             setattr(config, field, None)

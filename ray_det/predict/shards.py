@@ -144,7 +144,7 @@ class ShardPredictor:
             found.detections[one.image_id] = one
             if (number, one.image_id) in self._job.pictures:
                 picture = picture_of(batch, i, one)
-                drawn = draw(picture, predictor.classes.names, self._job.min_score or DRAWN_FROM)
+                drawn = draw(picture, predictor.classes.distinct_names, self._job.min_score or DRAWN_FROM)
                 self._job.output.write_picture(found.ids[one.image_id], to_jpeg(drawn))
 
     def _tables(self, predictor: Predictor, found: _Found) -> tuple[pa.Table, pa.Table]:

@@ -17,7 +17,7 @@ from ray_det.data.manifest import Manifest
 from ray_det.data.prepare import make, prepare, same_classes
 from ray_det.data.truth import ground_truth
 from ray_det.train.start import begin
-from ray_det.types import UserError
+from ray_det.types import ClassList, UserError
 
 CATEGORIES = {9: "car", 4: "truck", 6: "dog", 2: "bus"}
 
@@ -34,6 +34,20 @@ def data(categories: list[int]) -> CocoData:
         "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],
     }
     return parse(json.dumps(document).encode(), "x.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "told_apart"),
+    [
+        (("a", "b", "c"), ("a", "b", "c")),
+        (("a", "b", "a"), ("a (id 1)", "b", "a (id 7)")),
+        (("a", "a (id 7)", "a"), ("a (id 1)", "a (id 7) (id 3)", "a (id 7)")),
+        (("a", "a (id 1)", "a"), ("a (id 1)", "a (id 1) (id 3)", "a (id 7)")),
+        ((), ()),
+    ],
+)
+def test_names_are_told_apart_by_their_ids(names: tuple[str, ...], told_apart: tuple[str, ...]) -> None:
+    assert ClassList(names, (1, 3, 7)[: len(names)]).distinct_names == told_apart
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def planted(tmp_path: Path) -> dict[str, Any]:
         box(0, 1, GOOD),
         box(101, 1, [1, 1, 5, 5]),
     ]
-    return document(images, fine + wrong)
+    return document(images, fine + wrong) | {"categories": [{"id": i, "name": "thing"} for i in (5, 2)]}
 
 
 def test_finds_each_kind_with_file_annotation_and_value(planted: dict, tmp_path: Path) -> None:
@@ -123,9 +123,10 @@ def test_finds_each_kind_with_file_annotation_and_value(planted: dict, tmp_path:
         "crowd": ("good.jpg", 8, "[0, 0, 64, 48]"),
         "annotation_id_zero": ("good.jpg", 0, "[4, 4, 20, 10]"),
         "duplicate_annotation_id": ("good.jpg", 101, "[1, 1, 5, 5]"),
+        "duplicate_category_name": ("category 5", None, "thing, as category 2"),
     }
     assert report.errors == 11
-    assert (report.images, report.annotations, report.classes) == (12, 20, 1)
+    assert (report.images, report.annotations, report.classes) == (12, 20, 2)
 
 
 def test_what_cannot_be_trained_on_leaves_the_targets_only(planted: dict, tmp_path: Path) -> None:

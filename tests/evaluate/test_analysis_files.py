@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ray_det.config import DatasetConfig
 from ray_det.data import decode
 from ray_det.data.manifest import Manifest
 from ray_det.evaluate.analysis_files import PICTURE_SIZE, write_analysis
+from ray_det.evaluate.coco_eval import coco_metrics
 from ray_det.evaluate.results import Results
 from ray_det.report.analysis_page import write_evaluation_page
 from ray_det.types import Detections, UserError
@@ -73,6 +75,22 @@ def test_what_is_undefined_is_null_and_cells_add_up(data, tmp_path):
     assert missed == [[none, len(manifest.classes), content["objects"][none]]]
     assert sum(cell[2] for cell in content["confusion"] if cell[0] < len(manifest.classes)) == sum(content["objects"])
     assert content["errors"]["missed"]["count"] == content["objects"][none]
+
+
+def test_classes_of_one_name_have_rows_of_their_own(data, tmp_path):
+    manifest, found = data
+    first, second, _ = manifest.classes.names
+    manifest = replace(manifest, classes=replace(manifest.classes, names=(first, second, first)))
+    results = Results.of(found)
+    write_analysis(tmp_path, "val", manifest, results, DatasetConfig())
+    metrics = {f"val/{name}": value for name, value in coco_metrics(manifest, results).items()}
+    (tmp_path / "summary.json").write_text(json.dumps(metrics))
+    page = write_evaluation_page(tmp_path, "page").read_text()
+    objects = json.loads((tmp_path / "analysis.json").read_text())["objects"]
+    assert len(set(objects)) == 3
+    for label in (0, 2):
+        name = f"{first} (id {manifest.classes.category_ids[label]})"
+        assert f"<tr><td>{name}</td><td>1.000</td><td>{objects[label]}</td>" in page
 
 
 def test_an_image_that_cannot_be_decoded_has_no_picture(data, tmp_path, monkeypatch):

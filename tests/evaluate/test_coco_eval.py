@@ -165,6 +165,20 @@ def test_no_detections_are_zeros(small, scorer):
 
 
 @SCORERS
+def test_classes_of_one_name_keep_their_own_numbers(small, scorer):
+    _, manifest = small
+    results = Results.of(noisy(manifest))
+    before = coco_metrics(manifest, results, scorer)
+    first, second, third = manifest.classes.names
+    twins = replace(manifest.classes, names=(first, second, first))
+    after = coco_metrics(replace(manifest, classes=twins), results, scorer)
+    ids = manifest.classes.category_ids
+    assert after.pop(f"AP/{first} (id {ids[0]})") == before.pop(f"AP/{first}")
+    assert after.pop(f"AP/{first} (id {ids[2]})") == before.pop(f"AP/{third}")
+    assert after == before
+
+
+@SCORERS
 def test_a_class_without_objects_is_minus_one_and_no_part_of_the_mean(small, scorer):
     _, manifest = small
     results = Results.of(noisy(manifest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from ray_det.config import ModelConfig
 from ray_det.models.build import build_detector
 from ray_det.models.torchvision_backbones import build_trunk
 from ray_det.models.torchvision_build import BUILDERS
-from ray_det.types import UserError
+from ray_det.types import ClassList, UserError
 from tests.models.zoo import CLASSES, CPU, DETR, FAMILIES, HGNET, RT_DETR, batch, gradients
 
 
@@ -102,6 +102,13 @@ def test_defaults_of_a_model_type():
     fixed = FAMILIES["d_fine"].config | {"eval_size": 640, "anchor_image_size": [640, 640]}
     detector = build_detector(FAMILIES["d_fine"].model_copy(update={"config": fixed}), CLASSES)[0]
     assert detector.net.config.eval_size is None and detector.net.config.anchor_image_size is None
+
+
+def test_classes_of_one_name_are_two_labels_of_transformers():
+    twins = ClassList(("red", "green", "red"), (1, 5, 9))
+    config = cast(Any, build_detector(FAMILIES["detr"], twins)[0]).net.config
+    assert config.id2label == {0: "red (id 1)", 1: "green", 2: "red (id 9)"}
+    assert config.label2id == {name: label for label, name in config.id2label.items()}
 
 
 def test_boxes_are_counted_in_the_micro_batch_alone(monkeypatch):
