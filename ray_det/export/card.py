@@ -12,6 +12,7 @@ from ray_det.models.detector import Detector
 from ray_det.models.transformers_adapter import TransformersDetector
 from ray_det.train.checkpoint import Checkpoint
 
+PARITY = "parity.json"
 RESIZE = {
     "longest": "keeps its aspect, with the longest side at {0} pixels",
     "shortest": "keeps its aspect, with the shortest side at {0} pixels and the longest at most 5/3 of that",
@@ -60,8 +61,15 @@ def model_card(
     lines += [f"Trained as `{checkpoint.config.model.name}`, {checkpoint.state.global_step} steps.", ""]
     lines += ["## Files", "", "* `model.onnx`: the whole detector, for onnxruntime and others"]
     what = "`AutoModelForObjectDetection.from_pretrained` loads it" if transformers else "torchvision's weights"
-    lines += [f"* `pretrained/`: safetensors and configuration; {what}", "* `parity.json`: below, in full", ""]
-    lines += ["## The ONNX file", "", *_table(("what", "is"), [(k, v) for k, v in about.items() if k != "classes"]), ""]
+    lines += [f"* `pretrained/`: safetensors and configuration; {what}"]
+    lines += [] if parity is None else [f"* `{PARITY}`: how ONNX and checkpoint compare, with the bounds"]
+    lines += [
+        "",
+        "## The ONNX file",
+        "",
+        *_table(("what", "is"), [(k, v) for k, v in about.items() if k != "classes"]),
+        "",
+    ]
     lines += ["## Classes", ""]
     classes = checkpoint.classes
     numbered = zip(range(len(classes)), classes.category_ids, classes.names, strict=True)

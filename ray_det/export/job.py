@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ray_det.data.manifest import Manifest
-from ray_det.export.card import interface, model_card
+from ray_det.export.card import PARITY, interface, model_card
 from ray_det.export.onnx_file import graph_of, write_onnx
 from ray_det.export.parity import OnnxDetector, Parity, annotated, compare, with_ap
 from ray_det.export.pretrained import write_pretrained
@@ -43,7 +43,7 @@ class ExportJob:
 
 
 def export(job: ExportJob) -> Parity | None:
-    """Write model.onnx, pretrained/, parity.json and README.md.
+    """Write model.onnx, pretrained/, README.md and, where there are images to compare on, parity.json.
 
     Returns:
         How ONNX and checkpoint compare, where there are images.
@@ -66,9 +66,10 @@ def export(job: ExportJob) -> Parity | None:
         write_pretrained(graph.detector, folder / "pretrained")
         parity = _parity(job, checkpoint, predictor, folder / "model.onnx")
         if parity is not None:
-            (folder / "parity.json").write_text(json.dumps(parity.to_json(), indent=1))
+            (folder / PARITY).write_text(json.dumps(parity.to_json(), indent=1))
         card = model_card(checkpoint, graph.detector, about, _metrics(job.checkpoint), parity, job.command)
         (folder / "README.md").write_text(card)
+        (job.output / PARITY).delete()  # an older one is of another model.onnx
         job.output.upload(folder)
     if parity is not None and parity.failures:
         raise TrainingError(f"ONNX differs from the checkpoint, see {job.output.uri}: {'; '.join(parity.failures)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,15 @@ def test_the_card_names_classes_parity_and_command(exported, detr):
     assert "| 1 | 3 | box |" in card and "AP of the checkpoint" in card
     sums = Checkpoint.open(detr).content["sha256"]
     assert sums["model.safetensors"] in card and f"--checkpoint {detr}" in card
+
+
+def test_an_export_that_compares_nothing_leaves_no_older_comparison(exported, detr, tmp_path):
+    shutil.copytree(exported, output := tmp_path / "out")
+    assert "`parity.json`" in (output / "README.md").read_text()
+    assert export(detr, output) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "model.onnx", "pretrained"]
+    card = (output / "README.md").read_text()
+    assert "Not compared" in card and "parity.json" not in card
 
 
 def test_what_cannot_be_exported_is_one_line(detr, tmp_path, capfd):
