@@ -52,7 +52,7 @@ class Analysis:
     objects_K: np.ndarray  # int64, crowds left out
     precision_RK: np.ndarray  # at recalls 0, 0.01, …, 1, as COCO interpolates it; its mean is AP50. NaN without objects
     f1: F1
-    confusion_KK: np.ndarray  # int64 (K + 1, K + 1): true classes x found ones, the last of both is background
+    confusion_KK: np.ndarray  # int64 (K + 1, K + 1): true classes x found ones, the last of both: no partner
     error_counts: dict[str, int]  # by the names of ERRORS
     error_dap: dict[str, float]  # by which AP50 grows where errors of one kind, and no others, are put right
     worst: list[ImageErrors]

@@ -56,7 +56,10 @@ def write_analysis(
 
 
 def to_json(analysis: Analysis, manifest: Manifest, pictures: dict[int, str]) -> dict[str, Any]:
-    """Curves are rounded, what is undefined is null, and the confusion matrix has its cells that are not 0."""
+    """Curves are rounded, what is undefined is null, and the confusion matrix has its cells that are not 0.
+
+    In these [true, found, count] the number of classes stands for no object left, and for no detection.
+    """
     f1 = analysis.f1
     uris = dict(zip(manifest.table["image_id"].to_pylist(), manifest.table["uri"].to_pylist(), strict=True))
     true, found = np.nonzero(analysis.confusion_KK)

@@ -70,6 +70,10 @@ def analysis_sections(analysis: Record, summary: Record, folder: Path) -> str:
         f"IoU {analysis['iou']:g}. Errors by kind are of all detections, confusions and worst images of those that the "
         "best mean F1 keeps."
     )
+    matched = (
+        f"An object goes to the best score at IoU {analysis['iou']:g}, whatever its class. A detection with no object "
+        "left lies where there is none, or where a better score took it."
+    )
     tiles = [
         tile("Best F1", share(best.get("f1")), "mean over classes"),
         tile("Score threshold", share(best.get("threshold")), "what scores less is left out"),
@@ -84,7 +88,8 @@ def analysis_sections(analysis: Record, summary: Record, folder: Path) -> str:
             f'<section class="tiles four">{"".join(tiles)}</section>',
             f'<section class="charts">{"".join(charts)}</section>',
             _small_charts(analysis),
-            f'<h2>Confusions</h2><section class="confusions">{confusion_figure(names, cells)}',
+            f'<h2>Confusions</h2><p class="about">{matched}</p>',
+            f'<section class="confusions">{confusion_figure(names, cells)}',
             f"{_most_confused(names, cells)}</section>",
             _worst(analysis, folder),
         ]

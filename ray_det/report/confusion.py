@@ -1,7 +1,8 @@
 """A confusion matrix as a heat map, and its most frequent confusions as a table.
 
-Rows are true classes and columns found ones, as in Ultralytics and scikit-learn turned to rows; the last of both is
-background: its column holds what was missed, its row what was found where nothing is.
+Rows are true classes and columns found ones, as in Ultralytics and scikit-learn turned to rows. The last column holds
+objects that were missed, the last row detections for which no object was left: where there is none, or where it went to
+a better score, of whatever class.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ WIDTH = 820  # pixels of all cells at most
 LARGEST, NUMBERED = 56.0, 30.0  # pixels of a cell at most, and from which on it holds its number
 LABEL = 132  # pixels for the names of the classes
 LONGEST = 20  # characters of a name
+NONE_LEFT, MISSED = "no object left", "missed"  # names of the last row and column
 
 
 class Confusion(NamedTuple):
@@ -32,7 +34,7 @@ def confusion_figure(names: Sequence[str], cells: Sequence[Sequence[int]]) -> st
     """A `<figure>` with the matrix.
 
     Args:
-        cells: (true, found, count) where count is not 0; `len(names)` is background.
+        cells: (true, found, count) where count is not 0; `len(names)` is what has no partner.
     """
     matrix = np.zeros((len(names) + 1, len(names) + 1), np.int64)
     for true, found, count in cells:
@@ -46,7 +48,7 @@ def confusion_figure(names: Sequence[str], cells: Sequence[Sequence[int]]) -> st
         notes.append(f"the {len(shown) - 1} of {len(names)} classes {why}")
     return (
         f'<figure class="chart matrix{wide}"><figcaption><h3>Confusion matrix</h3><span class="legend">'
-        f"{'; '.join(notes)}</span></figcaption>{_svg([*names, 'background'], matrix, shown, side)}</figure>"
+        f"{'; '.join(notes)}</span></figcaption>{_svg(names, matrix, shown, side)}</figure>"
     )
 
 
@@ -60,19 +62,20 @@ def most_confused(names: Sequence[str], cells: Sequence[Sequence[int]]) -> list[
 
 
 def _shown(matrix: np.ndarray) -> list[int]:
-    """Indices of classes that occur, in their order, and background."""
-    background = len(matrix) - 1
+    """Indices of classes that occur, in their order, and of what has no partner."""
+    last = len(matrix) - 1
     counts = matrix.sum(axis=0) + matrix.sum(axis=1)
-    errors = (counts - 2 * np.diag(matrix))[:background]
-    picked = np.lexsort((-errors, counts[:background] == 0))[: min(SHOWN, np.count_nonzero(counts[:background]))]
-    return [*sorted(picked.tolist()), background]
+    errors = (counts - 2 * np.diag(matrix))[:last]
+    picked = np.lexsort((-errors, counts[:last] == 0))[: min(SHOWN, np.count_nonzero(counts[:last]))]
+    return [*sorted(picked.tolist()), last]
 
 
 def _svg(names: Sequence[str], matrix: np.ndarray, shown: list[int], side: float) -> str:
-    label = min(LABEL, 12 + 6.6 * max(min(len(names[i]), LONGEST) for i in shown))
+    rows, columns = [*names, NONE_LEFT], [*names, MISSED]
+    label = min(LABEL, 12 + 6.6 * max(min(len(rows[i]), LONGEST) for i in shown))
     size = label + side * len(shown)
     font = max(6.5, min(12.0, side * 0.85))
-    parts = list(_labels([names[i] for i in shown], label, side, size))
+    parts = list(_labels([(rows[i], columns[i]) for i in shown], label, side, size))
     for row, true in enumerate(shown):
         total = matrix[true].sum()
         for column, found in enumerate(shown):
@@ -85,15 +88,15 @@ def _svg(names: Sequence[str], matrix: np.ndarray, shown: list[int], side: float
     )
 
 
-def _labels(names: Sequence[str], label: float, side: float, size: float) -> Iterator[str]:
+def _labels(names: Sequence[tuple[str, str]], label: float, side: float, size: float) -> Iterator[str]:
     """Lines of the grid, names of rows at the left and of columns at the top."""
-    for i, name in enumerate(names):
+    for i, pair in enumerate(names):
         at = label + i * side
-        text = escape(name if len(name) <= LONGEST else name[: LONGEST - 1] + "…")
+        row, column = (escape(name if len(name) <= LONGEST else name[: LONGEST - 1] + "…") for name in pair)
         middle = at + side / 2
         yield f'<path class="grid" d="M{label:.1f} {at:.1f}H{size:.1f}M{at:.1f} {label:.1f}V{size:.1f}"/>'
-        yield f'<text x="{label - 6:.1f}" y="{middle:.1f}" text-anchor="end" dy=".35em">{text}</text>'
-        yield f'<text transform="translate({middle:.1f} {label - 6:.1f}) rotate(-90)" dy=".35em">{text}</text>'
+        yield f'<text x="{label - 6:.1f}" y="{middle:.1f}" text-anchor="end" dy=".35em">{row}</text>'
+        yield f'<text transform="translate({middle:.1f} {label - 6:.1f}) rotate(-90)" dy=".35em">{column}</text>'
     yield f'<path class="grid" d="M{label:.1f} {size:.1f}H{size:.1f}V{label:.1f}"/>'
 
 
@@ -114,7 +117,7 @@ def _cell(x: float, y: float, side: float, names: Sequence[str], true: int, foun
 
 
 def _sentence(names: Sequence[str], true: int, found: int) -> str:
-    background = len(names) - 1
-    if true == background:
-        return f"nothing there, found as {names[found]}"
-    return f"{names[true]} missed" if found == background else f"{names[true]} found as {names[found]}"
+    last = len(names)
+    if true == last:
+        return f"{NONE_LEFT}, found as {names[found]}"
+    return f"{names[true]} {MISSED}" if found == last else f"{names[true]} found as {names[found]}"

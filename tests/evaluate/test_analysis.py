@@ -102,6 +102,13 @@ def test_on_nothing_or_shifted_and_of_the_wrong_class(kind, box):
     expect(analysis, 3 / 4, [[2, 0, 0], [0, 1, 0], [0, 1, 0]], [(2, 2 / 3, 1, 1, 0)], **{kind: 1 / 4})
 
 
+def test_a_better_score_of_the_wrong_class_takes_the_object():
+    """In the matrix the right detection has no object left then; AP and F1 of its class have it right."""
+    analysis = analysed([*FOUND, (1, B, *OBJECTS[0][2:], 0.95)])
+    assert analysis.confusion_KK.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    assert analysis.f1.classes_K[A] == pytest.approx(Best(1, 0.7, 1, 1))
+
+
 def test_a_miss():
     loss = 50 / RECALLS / 2
     expect(analysed(FOUND[:2]), 1 - loss, [[1, 0, 1], [0, 1, 0], [0, 0, 0]], [(2, 0, 0, 0, 1)], missed=loss)
