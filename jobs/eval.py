@@ -78,7 +78,8 @@ def main() -> None:
     metrics = coco_metrics(manifest, results, scorer)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        metrics |= write_analysis(folder, "val", manifest, results, checkpoint.config.data)
+        trained, patience_s = checkpoint.config.data, config.workers.storage_timeout_s
+        metrics |= write_analysis(folder, "val", manifest, results, trained, patience_s)
         summary = {f"val/{name}": value for name, value in metrics.items()}
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         write_evaluation_page(folder, f"{config.checkpoint} on {config.data.val}")

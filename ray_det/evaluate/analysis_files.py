@@ -19,6 +19,7 @@ from ray_det.evaluate.results import Results
 from ray_det.evaluate.shown import picture_of
 from ray_det.report.analysis_page import FILE, PICTURES
 from ray_det.report.pictures import Picture, draw, to_jpeg
+from ray_det.retry import PATIENCE_S
 from ray_det.types import Detections
 
 PICTURE_SIZE = 640  # pixels of the longest side
@@ -26,12 +27,18 @@ DIGITS = 5
 
 
 def write_analysis(
-    folder: Path, split: str, manifest: Manifest, results: Results, data: DatasetConfig
+    folder: Path,
+    split: str,
+    manifest: Manifest,
+    results: Results,
+    data: DatasetConfig,
+    patience_s: float = PATIENCE_S,
 ) -> dict[str, float]:
     """Write `analysis.json` and `worst_images/*.jpg` into a local folder, in place of older ones.
 
     Args:
         data: how images may be read; those that cannot be have no picture.
+        patience_s: seconds for which a remote storage of the images may be out of reach.
 
     Returns:
         `best_f1`, its `_threshold`, `_precision` and `_recall`: of the mean over classes.
@@ -45,7 +52,7 @@ def write_analysis(
     for old in pictures.glob("*.jpg"):
         old.unlink()
     names = {}
-    for image_id, picture in _worst_pictures(analysis, manifest, results, data).items():
+    for image_id, picture in _worst_pictures(analysis, manifest, results, data, patience_s).items():
         names[image_id] = f"image_{image_id}.jpg"
         drawn = draw(picture, manifest.classes.distinct_names, min_score=analysis.f1.macro.threshold)
         (pictures / names[image_id]).write_bytes(to_jpeg(drawn))
@@ -100,7 +107,7 @@ def _rounded(values: np.ndarray) -> list[Any]:
 
 
 def _worst_pictures(
-    analysis: Analysis, manifest: Manifest, results: Results, data: DatasetConfig
+    analysis: Analysis, manifest: Manifest, results: Results, data: DatasetConfig, patience_s: float
 ) -> dict[int, Picture]:
     """By image id, of the worst images that can be loaded."""
     ids = manifest.table["image_id"].to_numpy()
@@ -111,7 +118,7 @@ def _worst_pictures(
     data = data.model_copy(update={"image_size": PICTURE_SIZE, "resize": "longest"})
     height, width = (manifest.table[side].to_numpy()[rows] for side in ("height", "width"))
     plan = plan_evaluation(height, width, rows, data, batch_size=1, divisor=1, rank=0, world=1)
-    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad=True, scaled_decode=True)
+    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, True, patience_s, scaled_decode=True)
     loaded = (batch for batch in load(Shard(manifest, plan, spec)) if not batch.skipped_B)
     return {
         int(batch.image_ids_B[0]): picture_of(batch, 0, _of_image(results, batch.image_ids_B[0])) for batch in loaded

@@ -12,6 +12,7 @@ from ray_det.data.plan import plan_evaluation
 from ray_det.evaluate.coco_eval import coco_metrics
 from ray_det.evaluate.gather import require_each_once
 from ray_det.evaluate.results import Results
+from ray_det.retry import PATIENCE_S
 
 
 def readable_rows(manifest: Manifest) -> np.ndarray:
@@ -20,9 +21,20 @@ def readable_rows(manifest: Manifest) -> np.ndarray:
 
 
 def evaluation_shard(
-    manifest: Manifest, data: DatasetConfig, *, batch_size: int, divisor: int, rank: int = 0, world: int = 1
+    manifest: Manifest,
+    data: DatasetConfig,
+    *,
+    batch_size: int,
+    divisor: int,
+    rank: int = 0,
+    world: int = 1,
+    patience_s: float = PATIENCE_S,
 ) -> Shard:
-    """Rank `rank`'s share of a manifest's readable images, each exactly once over all ranks."""
+    """Rank `rank`'s share of a manifest's readable images, each exactly once over all ranks.
+
+    Args:
+        patience_s: seconds for which a remote storage of the images may be out of reach.
+    """
     rows, table = readable_rows(manifest), manifest.table
     plan = plan_evaluation(
         table["height"].to_numpy()[rows],
@@ -35,7 +47,7 @@ def evaluation_shard(
         world=world,
     )
     skip_bad = data.on_bad_image == "skip"
-    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad, scaled_decode=data.scaled_decode)
+    spec = LoadSpec(data.resize, data.padding, 0, None, data.limits, skip_bad, patience_s, data.scaled_decode)
     return Shard(manifest, plan, spec)
 
 

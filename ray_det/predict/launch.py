@@ -32,7 +32,7 @@ from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
 from ray_det.train.skipped import LIST, Skipped, skipped_in
 from ray_det.train.torch_trainer import TorchTrainer
-from ray_det.types import ClassList, Detections, UserError
+from ray_det.types import ClassList, Detections, TrainingError, UserError
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,14 @@ def infer_on_workers(job: InferJob, workers: WorkersConfig) -> list[str]:
 
     Raises:
         UserError: no room for the workers, or an image or checkpoint that cannot be read.
+        TrainingError: a storage stayed out of reach.
     """
     start_ray(workers)
     room = require_room(workers)
     with tempfile.TemporaryDirectory(prefix="ray_det_") as scratch:
         trainer = TorchTrainer(
             _worker,
-            {"job": job, "room": room},
+            {"job": job, "room": room, "patience_s": workers.storage_timeout_s},
             scaling(workers, room),
             RunConfig(name="infer", storage_path=scratch),
             partial(warm_up, room.loader_cpus),
@@ -69,8 +70,9 @@ def infer_on_workers(job: InferJob, workers: WorkersConfig) -> list[str]:
             trainer.fit()
         except WorkerGroupError as error:
             for failure in error.worker_failures.values():
-                if isinstance(failure, UserError):
-                    raise UserError(str(getattr(failure, "cause", failure))) from None
+                for kind in (UserError, TrainingError):
+                    if isinstance(failure, kind):  # Ray's own error, which is of this kind too
+                        raise kind(str(getattr(failure, "cause", failure))) from None
             raise
     return [json.loads(line)["reason"] for line in job.output.read_text(LIST).splitlines()]
 
@@ -89,7 +91,15 @@ def _worker(config: dict[str, Any]) -> None:
     skipped: list[Skipped] = []
     detector = checkpoint.build(device)
     size = job.batch_size or run.eval.batch_size or cast(int, run.train.micro_batch_size)
-    shard = evaluation_shard(job.manifest, data, batch_size=size, divisor=detector.size_divisor, rank=rank, world=world)
+    shard = evaluation_shard(
+        job.manifest,
+        data,
+        batch_size=size,
+        divisor=detector.size_divisor,
+        rank=rank,
+        world=world,
+        patience_s=config["patience_s"],
+    )
     batches = Loaders(room.loader_cpus).stream(shard)
     for inferred in infer(detector, batches, device, bf16=use_bf16(run.train.precision, device)):
         detections += inferred.detections
