@@ -65,12 +65,20 @@ def _is_depthwise(layer: nn.Conv2d) -> bool:
 
 
 class Float32GroupNorm(nn.GroupNorm):
-    """A group norm that a CPU computes in float32, whatever the precision around it."""
+    """A group norm that a CPU computes in float32, whatever the precision around it.
+
+    A group may have a single value, which `nn.functional.group_norm` refuses: FCOS with 32 channels has such groups
+    where the top of its pyramid is one cell of one image. What the norm gives is its bias.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if not _autocast(input):
-            return super().forward(input)
-        return super().forward(input.float()).to(input.dtype)
+            return self._norm(input)
+        return self._norm(input.float()).to(input.dtype)
+
+    def _norm(self, input: Tensor) -> Tensor:
+        cudnn = torch.backends.cudnn.enabled
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, cudnn)
 
 
 class Float32Conv2d(nn.Conv2d):

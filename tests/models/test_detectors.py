@@ -96,6 +96,19 @@ def test_too_few_values_for_batch_norm_are_told():
     assert torch.isfinite(detector.eval()(alone)["loss"])
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_fcos_with_a_channel_per_group_takes_one_image_whose_top_level_is_a_cell(bf16):
+    torch.manual_seed(0)
+    detector, _ = build_detector(FAMILIES["fcos"].model_copy(update={"fpn_channels": 32}), CLASSES)
+    alone = batch(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        detector.train()(alone)["loss"].backward()
+        assert torch.isfinite(gradients(detector)).all()
+        with torch.inference_mode():
+            losses, (found,) = spread_scores(detector).loss_and_predict(alone)
+    assert torch.isfinite(losses["loss"]) and len(found["scores"])
+
+
 @families
 def test_training_goes_on_after_inference(family):
     """Tensors cached under `inference_mode` must not end up in a training graph."""

@@ -53,8 +53,8 @@ def test_values_and_gradients_under_autocast_are_those_of_float32(make):
 
 
 def test_the_norms_kernel_gets_float32(monkeypatch):  # which its values do not show: it rounds at the end only
-    taken, group_norm = [], nn.functional.group_norm
-    monkeypatch.setattr(nn.functional, "group_norm", lambda x, *more: taken.append(x.dtype) or group_norm(x, *more))
+    taken, group_norm = [], torch.group_norm
+    monkeypatch.setattr(torch, "group_norm", lambda x, *more: taken.append(x.dtype) or group_norm(x, *more))
     with torch.autocast("cpu", torch.bfloat16):
         kept(nn.GroupNorm(32, 64))(torch.randn(2, 64, 12, 12).bfloat16())
     assert taken == [torch.float32]
@@ -67,6 +67,18 @@ def test_without_autocast_they_are_pytorchs_own(make, dtype):
     x = torch.randn(2, 64, 12, 12, dtype=dtype)
     want = plain(x)
     assert torch.equal(kept(plain)(x), want)
+
+
+def test_the_norm_of_a_single_value_is_its_bias():
+    layer: Any = kept(nn.GroupNorm(32, 32))
+    with torch.no_grad():
+        layer.bias.copy_(torch.arange(32.0))
+    x = torch.randn(1, 32, 1, 1, requires_grad=True)
+    for mode in (True, False):
+        out = layer.train(mode)(x)
+        assert torch.allclose(out.flatten(), torch.arange(32.0), atol=1e-3)
+    x_grad, bias_grad = torch.autograd.grad(out.sum(), [x, layer.bias])
+    assert torch.allclose(x_grad, torch.zeros(1), atol=1e-3) and torch.equal(bias_grad, torch.ones(32))
 
 
 def test_attention_of_transformers_is_computed_in_float32(monkeypatch):
