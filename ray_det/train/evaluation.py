@@ -76,14 +76,16 @@ def evaluate_split(session: Session, split: str, *, pictures: int = 0, analysed:
     parts = gather_lists([part], runtime.group)
     evaluated = join(parts, manifest, session.config) if parts is not None else None
     if evaluated and analysed:
-        numbers = write_analysis(runtime.folder, split, manifest, evaluated.results, session.config.data)
+        patience_s = session.config.workers.storage_timeout_s
+        numbers = write_analysis(runtime.folder, split, manifest, evaluated.results, session.config.data, patience_s)
         evaluated.metrics.update(numbers)
         write_detections(runtime.folder / FILE, in_order_of_images(evaluated.results, manifest), manifest)
     metrics = from_main(evaluated and evaluated.metrics, runtime.group)
     if metrics is None:
         raise RuntimeError("rank 0 has no metrics")
     if session.tracker and evaluated:  # nobody waits for the drawing
-        session.tracker.log_pictures(session.state.global_step, evaluated.pictures, list(manifest.classes.names))
+        names = list(manifest.classes.distinct_names)
+        session.tracker.log_pictures(session.state.global_step, evaluated.pictures, names)
     return metrics
 
 

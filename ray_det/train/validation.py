@@ -87,7 +87,7 @@ def collect(session: Session) -> None:
     note_in_evaluation(session, "val", evaluated.skipped if evaluated else [], step)
     metrics = from_main(evaluated and evaluated.metrics, runtime.group)
     if session.tracker and evaluated:
-        names = list(session.job.manifests["val"].classes.names)
+        names = list(session.job.manifests["val"].classes.distinct_names)
         session.tracker.log_pictures(step, evaluated.pictures, names)
     session.state, session.validation = replace(session.state, validating=None), None
     if metrics is None and runtime.is_main:

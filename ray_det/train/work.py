@@ -85,4 +85,7 @@ class Work:
 def evaluation_of(manifest: Manifest, config: TrainJobConfig, divisor: int, rank: int = 0, world: int = 1) -> Shard:
     """A rank's part of a split, in batches as a run evaluates it."""
     size = config.eval.batch_size or micro_batches(config.train, config.workers.most)[1]
-    return evaluation_shard(manifest, config.data, batch_size=size, divisor=divisor, rank=rank, world=world)
+    patience_s = config.workers.storage_timeout_s
+    return evaluation_shard(
+        manifest, config.data, batch_size=size, divisor=divisor, rank=rank, world=world, patience_s=patience_s
+    )

@@ -23,6 +23,7 @@ from ray_det.train import loop
 from ray_det.train.session import Session
 from ray_det.train.start import begin
 from ray_det.train.validation import end_epoch
+from ray_det.train.work import evaluation_of
 from ray_det.types import MicroBatch
 from tests.models.zoo import FAMILIES
 
@@ -63,6 +64,12 @@ def test_the_configured_sampling_is_the_plans(session):
     images = work._sampler.images
     assert len(work._sampler.factors_N) == 14 < images - 4 and work._sampler is work._sampler
     assert {work.plan(epoch).steps for epoch in range(5)} == {-(-images // 4)}
+
+
+def test_the_images_of_an_evaluation_are_waited_for_as_long_as_those_of_training(session):
+    workers = session.config.workers.model_copy(update={"storage_timeout_s": 7.0})
+    config = session.config.model_copy(update={"workers": workers})
+    assert evaluation_of(session.job.manifests["train"], config, divisor=32).spec.patience_s == 7
 
 
 def test_the_last_epochs_are_loaded_without_composing(session):
