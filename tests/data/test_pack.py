@@ -22,7 +22,7 @@ from ray_det.data.pack import pack
 from ray_det.data.plan import Assignment, plan_epoch, plan_evaluation
 from ray_det.data.prepare import make
 from ray_det.data.twins import find_twins
-from ray_det.train.start import begin
+from ray_det.train.start import begin, claim
 from ray_det.types import MicroBatch, UserError
 from tests.data.test_collate import same
 from tests.jobs.run import run_job
@@ -201,7 +201,10 @@ def test_the_job_packs_and_a_run_moves_to_the_shards(folder: Path, tmp_path: Pat
     def run(train: Path) -> Manifest:
         data = {"train": str(train), "val": str(folder / "val.json")}
         config = {"storage": str(tmp_path), "name": "run", "data": data}
-        return begin(TrainJobConfig.model_validate(config), 0.0, lambda text: None, map_in_threads).manifests["train"]
+        job = begin(TrainJobConfig.model_validate(config), 0.0, lambda text: None, map_in_threads)
+        claim(job)
+        (tmp_path / "run" / "metrics.jsonl").touch()  # a run with a step behind it
+        return job.manifests["train"]
 
     assert run(folder / "train.json").shards is None
     assert run(out / "manifest.parquet").shards == str(shards)
