@@ -11,6 +11,7 @@ from ray_det.bench.criterion import in_model
 from ray_det.bench.syncs import host_syncs
 from ray_det.config import OptimConfig
 from ray_det.models.build import build_detector
+from ray_det.models.detector import to_device
 from ray_det.train.optim import build_optimizer
 from ray_det.train.step import train_step
 from tests.models.zoo import CLASSES, CPU, DETRS, FAMILIES, micro_batch
@@ -69,3 +70,19 @@ def test_a_training_step_waits_for_its_matches_and_its_numbers(family):
     for place, count in counts.items():
         files[place.rpartition(":")[0]] += count
     assert {name: n for name, n in files.items() if not in_model(name + ":")} == OWN[family]
+
+
+@pytest.mark.parametrize("family", DETRS)
+def test_predictions_of_transformers_are_made_without_waiting(family):
+    """But for what their networks look at; whoever takes them waits for them."""
+
+    def prepare(device):
+        detector = build_detector(FAMILIES[family], CLASSES)[0].to(device).eval()
+
+        def call():
+            with torch.no_grad():  # the stand-in is none of inference mode's tensors
+                detector.predict(to_device(micro_batch(3), device))
+
+        return call
+
+    assert all(in_model(place) for place in host_syncs(prepare))

@@ -57,6 +57,8 @@ def drawn(generator: torch.Generator, count: int) -> Target:
     corners = torch.rand(count, 2, generator=generator) * size
     boxes = torch.cat([corners, corners + 2 + 50 * torch.rand(count, 2, generator=generator)], 1)
     boxes[count // 2 + 1 :] = boxes[: count - count // 2 - 1]
+    if count == 1:  # larger than the coarsest level's range, which has no end
+        boxes = boxes + torch.tensor([-1500.0, -1500, 1500, 1500])
     labels = torch.randint(0, 3, (count,), generator=generator)
     target: Any = {"boxes": boxes, "labels": labels}
     return target
