@@ -137,7 +137,7 @@ class Checkpoint:
             raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer's state; its rates and decays stay as they were built.
+        """The optimizer's state, with the rate of its last step; factors and decays stay as they were built.
 
         Raises:
             UserError: the file is broken, or is of other groups of parameters.
@@ -158,7 +158,7 @@ class Checkpoint:
         except Exception as error:  # torch raises many kinds for a broken or hostile file
             raise UserError(f"broken checkpoint: {path}: {_first_line(error)}") from None
         for group, built in zip(optimizer.param_groups, own, strict=True):
-            group.update({name: value for name, value in built.items() if name != "params"})
+            group.update({name: value for name, value in built.items() if name not in ("params", "lr")})
 
     def build(self, device: torch.device) -> Detector:
         """The detector as it is evaluated: with the average of the weights, where there is one. Needs no network."""

@@ -17,8 +17,10 @@ from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.job import Job
 from ray_det.train.launch import goes_on
 from ray_det.train.start import begin, claim
+from ray_det.tune.trial import require_effective
 from ray_det.types import UserError
 from tests.jobs.run import run_job
+from tests.train import runner
 from tests.train.disturb import config, write
 from tests.train.runner import records, run_alone
 from tests.train.test_equivalence import STEPS, spec
@@ -158,6 +160,18 @@ def test_changed_rates_and_decays_are_those_of_the_optimizer(small_coco, tmp_pat
     for kept in (run / "kept").iterdir():
         groups = torch.load(kept / "optimizer.pt", weights_only=True)["param_groups"]
         assert [group["weight_decay"] for group in groups] == [0.5]
+
+
+def test_who_goes_on_with_a_validation_tells_the_rate_of_the_last_step(small_coco, tmp_path, monkeypatch):
+    """By which a sweep sees that a trial's rate is what the trial stands for."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(runner, "_tell", lambda folder, update: told.append(update))
+    run = go_on(small_coco, tmp_path, "checkpoint_00000003_validate")
+    ended = [update["epoch_end"] for update in told if "epoch_end" in update]
+    assert len(ended) == 4 and ended[2] == ended[0]  # of the run, and of that which goes on
+    asked = TrainJobConfig.model_validate_json(json.dumps(json.loads((run / "run.json").read_text())["config"]))
+    for one in ended:
+        require_effective(asked, one)
 
 
 def test_parameters_that_no_longer_decay_are_refused_by_name(small_coco, tmp_path):
