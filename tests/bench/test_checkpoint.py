@@ -5,21 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from ray_det.bench import checkpoint
 from ray_det.types import UserError
 
 
-@pytest.fixture
-def deterministic():
-    threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.mark.usefixtures("deterministic")
+@pytest.mark.usefixtures("threads")
 def test_the_storage_keeps_what_was_there_and_nothing_else(tmp_path: Path) -> None:
     kept = tmp_path / "bench" / "kept.txt"  # also the name of the run
     kept.parent.mkdir()

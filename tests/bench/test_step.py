@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from ray_det import cli
 from ray_det.bench import checkpoint, step
@@ -28,14 +27,6 @@ def test_defaults_of_the_model_are_those_of_help_and_stay_where_another_field_is
     words = " ".join(capsys.readouterr().out.split())
     for name, value in expected.items():
         assert f"[default: {value}]" in words.partition(f"--model.{name} ")[2].partition(" --")[0], name
-
-
-@pytest.fixture
-def threads():
-    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.mark.usefixtures("threads")
