@@ -23,6 +23,12 @@ class TrainingError(Exception):
     """A run that cannot go on, and would fail again in the same way. Jobs print it as one line and exit with 1."""
 
 
+def unwrapped(error: UserError | TrainingError) -> UserError | TrainingError:
+    """What a task or worker raised: Ray's wrapping is of the same kind, and adds a traceback to the message."""
+    kind = UserError if isinstance(error, UserError) else TrainingError
+    return kind(str(getattr(error, "cause", error)))
+
+
 class Stopped(Exception):  # noqa: N818  not an error
     """A run was asked to stop, and did after a checkpoint. Jobs print it and exit with 128 + the signal."""
 

@@ -23,7 +23,7 @@ from ray_det.predict.predictor import open_checkpoint
 from ray_det.predict.shards import ShardJob, ShardPredictor, fingerprint
 from ray_det.report.progress import ProgressPrinter
 from ray_det.storage import Folder
-from ray_det.types import TrainingError, UserError
+from ray_det.types import TrainingError, UserError, unwrapped
 
 FORMAT = 1
 COCO_IMAGES = 1_000_000
@@ -103,9 +103,8 @@ def _run(job: ShardJob, inputs: Inputs, todo: list[int], pool: Pool) -> None:
     try:
         for row in dataset.iter_rows():
             progress.add(row["images"])
-    except (UserError, TrainingError) as error:  # Ray's own error, which is of this kind too
-        cause = getattr(error, "cause", error)
-        raise (UserError if isinstance(error, UserError) else TrainingError)(str(cause)) from None
+    except (UserError, TrainingError) as error:
+        raise unwrapped(error) from None
     finally:
         progress.close()
 

@@ -32,7 +32,7 @@ from ray_det.predict.predictor import open_checkpoint
 from ray_det.storage import Folder
 from ray_det.train.skipped import LIST, Skipped, skipped_in
 from ray_det.train.torch_trainer import TorchTrainer
-from ray_det.types import ClassList, Detections, TrainingError, UserError
+from ray_det.types import ClassList, Detections, TrainingError, UserError, unwrapped
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ def infer_on_workers(job: InferJob, workers: WorkersConfig) -> list[str]:
             trainer.fit()
         except WorkerGroupError as error:
             for failure in error.worker_failures.values():
-                for kind in (UserError, TrainingError):
-                    if isinstance(failure, kind):  # Ray's own error, which is of this kind too
-                        raise kind(str(getattr(failure, "cause", failure))) from None
+                if isinstance(failure, UserError | TrainingError):
+                    raise unwrapped(failure) from None
             raise
     return [json.loads(line)["reason"] for line in job.output.read_text(LIST).splitlines()]
 

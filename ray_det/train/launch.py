@@ -25,6 +25,7 @@ from ray_det.storage import Folder
 from ray_det.train.board import start_board
 from ray_det.train.job import Job, Payload, train_worker
 from ray_det.train.lock import hold
+from ray_det.train.rehearsal import require_model
 from ray_det.train.start import begin, claim, finished_summary
 from ray_det.types import Preempted, Stopped, TrainingError
 
@@ -54,6 +55,8 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
             return done
         start_ray(job.config.workers, job.config.validators)
         room = require_room(job.config.workers, job.config.validators)
+        if config.overwrite and job.run.names():
+            require_model(job.config, job.facts.classes)
         claim(job)
         manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
         with closing(ProgressPrinter()) as printer, signals() as got:

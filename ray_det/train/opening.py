@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from ray_det.config import OptimConfig, changed_keys
+from ray_det.config import OptimConfig, TrainJobConfig, changed_keys
 from ray_det.models.build import build_detector
 from ray_det.models.compute import set_up_torch, use_bf16
 from ray_det.models.detector import Detector
 from ray_det.models.parts import compile_networks, freeze, sync_batch_norms
+from ray_det.models.weights import WeightsReport
 from ray_det.report.tracker import Tracker
 from ray_det.train.checkpoint import Checkpoint, TrainState
 from ray_det.train.ema import Ema
@@ -21,7 +23,7 @@ from ray_det.train.start import MAY_CHANGE
 from ray_det.train.step import wrap_ddp
 from ray_det.train.tensors import NormStatistics
 from ray_det.train.work import Work
-from ray_det.types import UserError
+from ray_det.types import ClassList, UserError
 
 PLANNED = ("train: ", "train.global_batch_size", "data.", "seed")
 """Beginnings of what an epoch's plan follows from: the hash of the data, and options."""
@@ -82,14 +84,27 @@ def _state(job: Job, checkpoint: Checkpoint) -> TrainState:
     return state
 
 
+def build_network(
+    config: TrainJobConfig, classes: ClassList, architecture: dict[str, Any] | None = None
+) -> tuple[Detector, WeightsReport | None]:
+    """On the CPU, with the weights that a run begins with, its parts frozen as asked for.
+
+    Args:
+        architecture: as a checkpoint has it, whose weights are loaded later.
+
+    Raises:
+        UserError: there is no such model or part, or weights that do not fit.
+    """
+    detector, weights = build_detector(config.model, classes, padding=config.data.padding, architecture=architecture)
+    freeze(detector, config.model.freeze)
+    return detector, weights
+
+
 def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Detector:
     """On its device, in training mode, with its parts as the configuration wants them."""
     config = job.config
-    detector, weights = build_detector(
-        config.model,
-        job.facts.classes,
-        padding=config.data.padding,
-        architecture=checkpoint.content["architecture"] if checkpoint else None,
+    detector, weights = build_network(
+        config, job.facts.classes, checkpoint.content["architecture"] if checkpoint else None
     )
     if weights is not None and runtime.is_main:
         runtime.notify({"message": weights.table()})
@@ -97,7 +112,6 @@ def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Dete
         if (names := checkpoint.classes.names) != (wanted := job.facts.classes.names):
             raise UserError(f"{job.run.uri} was trained on the classes {', '.join(names)}, not {', '.join(wanted)}")
         checkpoint.load_model(detector)
-    freeze(detector, config.model.freeze)
     if config.train.sync_batch_norm and runtime.device.type != "cuda":
         raise UserError("train.sync_batch_norm needs GPUs")
     if config.train.sync_batch_norm and runtime.group:

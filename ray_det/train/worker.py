@@ -31,7 +31,7 @@ from ray_det.train.session import Runtime
 from ray_det.train.step import Asked
 from ray_det.train.validator import Validations
 from ray_det.train.watch import Watch
-from ray_det.types import Preempted, Stopped, TrainingError, UserError
+from ray_det.types import Preempted, Stopped, TrainingError, UserError, unwrapped
 
 LOOK_S = 2.0
 """Seconds between looks whether a node is about to be taken away."""
@@ -54,9 +54,7 @@ def run_rank(payload: Payload) -> None:
     except Preempted as error:
         ray.get(payload.board.end.remote(error))
     except (UserError, TrainingError) as error:
-        cause = getattr(error, "cause", error)  # of a loader task's error that Ray wrapped
-        kind = UserError if isinstance(error, UserError) else TrainingError
-        ray.get(payload.board.end.remote(kind(str(cause))))
+        ray.get(payload.board.end.remote(unwrapped(error)))  # it may be a loader task's
         raise
     except OSError as error:
         if error.errno in DISK:

@@ -22,6 +22,7 @@ from ray_det.report.sweep_trial import SweepTrial
 from ray_det.storage import Folder
 from ray_det.train.launch import POLL_S, STOP_GRACE_S, goes_on, signals
 from ray_det.train.lock import hold
+from ray_det.train.rehearsal import require_model
 from ray_det.train.start import MAY_CHANGE, prepare_splits, require_kind, with_embedded_data
 from ray_det.tune.desk import start_desk
 from ray_det.tune.proposals import Proposer
@@ -79,7 +80,8 @@ def run_trials(trials: Trials, say: Say, report: Callable[[list[SweepTrial], dic
         else:
             left = sum(not trial.ended for trial in known) + len(numbers)
             room = make_room(base.workers, min(left, trials.concurrent or left))
-            if base.overwrite:
+            if base.overwrite and folder.names():
+                require_model(base, manifests["train"].classes)
                 folder.delete()
             folder.write_text(f"{trials.kind}.json", json.dumps(facts, indent=1))
             _run(trials, base, known, numbers, proposer, manifests, room, say)

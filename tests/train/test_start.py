@@ -48,19 +48,35 @@ def trained(small_coco, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("job, wrong", [("train", "--data.train"), ("train", "--workers.num"), ("tune", "--data.val")])
+@pytest.mark.parametrize(
+    "job, wrong",
+    [
+        ("train", "--data.train"),
+        ("train", "--workers.num"),
+        ("train", "--model.name"),
+        ("tune", "--data.val"),
+        ("tune", "--model.freeze"),
+    ],
+)
 def test_what_is_overwritten_stays_until_all_is_right(job, wrong, small_coco, trained, tmp_path, capfd):
-    """Data that is not there; more workers than there is room for."""
+    """Data that is not there; more workers than there is room for; no such model, or part of it."""
     asked: dict[str, Any] = config(small_coco, tmp_path) | {"overwrite": True}
     if wrong == "--workers.num":
         asked |= {"workers": {"num": 2, "cpus": 500}}
+    elif wrong == "--model.name":
+        asked["model"] = {"name": "torchvision/fcos_resnet51_fpn"}
+    elif wrong == "--model.freeze":
+        asked["model"] |= {"freeze": ["bakbone"]}
     else:
         asked["data"][wrong.rpartition(".")[2]] = str(tmp_path / "trian.json")
     if job == "tune":
         (trained / "sweep.json").write_text("{}")
     before = content(trained)
     assert run_job(job, "--config", write(asked, tmp_path / "asked")) == 2
-    assert content(trained) == before, capfd.readouterr().err
+    said = capfd.readouterr().err.strip()
+    assert content(trained) == before, said
+    near = {"--model.name": "did you mean resnet50", "--model.freeze": "backbone"}.get(wrong, "")
+    assert near in said and len(said.splitlines()) == 1
 
 
 def test_to_overwrite_is_not_part_of_a_run(small_coco, trained, tmp_path):
