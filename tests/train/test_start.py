@@ -48,6 +48,8 @@ def trained(small_coco, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     "job, wrong",
     [
