@@ -61,7 +61,8 @@ def main() -> None:
     from ray_det.report.progress import results_table
     from ray_det.storage import Folder
 
-    checkpoint = open_checkpoint(config.checkpoint)
+    patience_s = config.workers.storage_timeout_s
+    checkpoint = open_checkpoint(config.checkpoint, patience_s)
     cache, limits = Path.home() / ".cache" / "ray_det" / "manifests", checkpoint.config.data.limits
     chosen = selection(config.data, checkpoint.config.data)
     data = config.data
@@ -69,7 +70,7 @@ def main() -> None:
     if report and report.notable:
         print(report.table())
     same_categories(checkpoint.classes, config.checkpoint, manifest.classes, config.data.val)
-    output = Folder.at(config.output)
+    output = Folder.at(config.output, patience_s)
     job = InferJob(Folder.at(config.checkpoint).uri, manifest, output, config.batch_size, config.on_bad_image)
     for why in infer_on_workers(job, config.workers):
         print(f"skipped, its boxes count as missed: {why}")
@@ -78,8 +79,7 @@ def main() -> None:
     metrics = coco_metrics(manifest, results, scorer)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        trained, patience_s = checkpoint.config.data, config.workers.storage_timeout_s
-        metrics |= write_analysis(folder, "val", manifest, results, trained, patience_s)
+        metrics |= write_analysis(folder, "val", manifest, results, checkpoint.config.data, patience_s)
         summary = {f"val/{name}": value for name, value in metrics.items()}
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
         write_evaluation_page(folder, f"{config.checkpoint} on {config.data.val}")

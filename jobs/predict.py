@@ -54,8 +54,9 @@ def main() -> None:
     from ray_det.storage import Folder
 
     started = time.monotonic()
-    open_checkpoint(config.checkpoint)  # before the input is listed, which may take long
-    output, checkpoint = Folder.at(config.output), Folder.at(config.checkpoint).uri
+    patience_s = config.workers.storage_timeout_s
+    open_checkpoint(config.checkpoint, patience_s)  # before the input is listed, which may take long
+    output, checkpoint = Folder.at(config.output, patience_s), Folder.at(config.checkpoint).uri
     inputs = read_inputs(config.input, config.ids_from, config.shard_images, output.uri)
     job = PredictJob(
         checkpoint,

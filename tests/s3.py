@@ -19,6 +19,21 @@ BUCKET = "bucket"
 KEY, SECRET = "test-key", "test-secret-of-the-local-server"
 
 
+def nowhere() -> dict[str, str]:
+    """An environment in which no object store answers."""
+    return _environment(f"127.0.0.1:{free_ports(1)[0]}")
+
+
+def _environment(endpoint: str) -> dict[str, str]:
+    return {
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_ENDPOINT_URL": f"http://{endpoint}",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
 class S3Server:
     """Can be stopped, started again with what it had, and frozen.
 
@@ -107,16 +122,10 @@ class S3Server:
 @contextmanager
 def s3_server(folder: Path, room_mb: int = 32_000) -> Iterator[S3Server]:
     """A started server, with the environment set so that `s3://bucket/…` is on it."""
-    settings = {
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_ENDPOINT_URL": None,
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    before = {name: os.environ.get(name) for name in settings}
     server = S3Server(folder, room_mb)
-    os.environ |= {name: value or f"http://{server.endpoint}" for name, value in settings.items()}
+    settings = _environment(server.endpoint)
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
     try:
         server.start()
         yield server

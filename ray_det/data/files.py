@@ -218,8 +218,12 @@ def read_range(path: str, offset: int, length: int, patience_s: float = PATIENCE
 
 
 @contextmanager
-def writing(path: str) -> Iterator[Path]:
-    """A temporary local file that becomes `path`, local or a URI, when the block ends well: nobody sees half a file."""
+def writing(path: str, patience_s: float = PATIENCE_S) -> Iterator[Path]:
+    """A temporary local file that becomes `path`, local or a URI, when the block ends well: nobody sees half a file.
+
+    Args:
+        patience_s: seconds for which a remote storage may be out of reach.
+    """
     if not has_scheme(path):
         with replacing(Path(path)) as temporary:
             yield temporary
@@ -227,7 +231,7 @@ def writing(path: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ray_det_") as scratch:
         temporary = Path(scratch) / path.rsplit("/", 1)[1]
         yield temporary
-        Folder.at(parent(path)).upload(temporary, temporary.name)
+        Folder.at(parent(path), patience_s).upload(temporary, temporary.name)
 
 
 @contextmanager

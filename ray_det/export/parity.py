@@ -21,6 +21,7 @@ from ray_det.evaluate.results import Results
 from ray_det.evaluate.split import readable_rows
 from ray_det.predict.inputs import InputImage
 from ray_det.predict.predictor import Predictor
+from ray_det.retry import PATIENCE_S
 from ray_det.types import Detections, MicroBatch, UserError
 
 MAX_BOX_PX, MAX_SCORE, MAX_AP = 0.5, 1e-3, 1e-3
@@ -119,7 +120,7 @@ def compare(
     parity, ours, theirs = Parity(), [], []
     for image in images:
         try:
-            batch = predictor.prepare(image.read(max_bytes), image.id)
+            batch = predictor.prepare(image.read(max_bytes, PATIENCE_S), image.id)
         except UserError:
             continue
         batch = batch if canvas is None else on_canvas(batch, canvas)

@@ -36,7 +36,9 @@ class InputImage(NamedTuple):
 
     id: int
     name: str
-    read: Callable[[int], bytes]  # the content of its file, of at most so many bytes; raises UserError
+    read: Callable[[int, float], bytes]
+    """Content of its file, of at most so many bytes, for which a storage is waited for so many seconds; raises
+    UserError, StorageError."""
 
 
 @dataclass(frozen=True)
@@ -165,16 +167,16 @@ def _read_files(root: str, packed: str | None, shard: pa.Table) -> Iterator[Inpu
             yield InputImage(row["image_id"], name, partial(_read_file, root, name))
 
 
-def _no_name(max_bytes: int) -> bytes:
+def _no_name(max_bytes: int, patience_s: float) -> bytes:
     raise UserError("the input has no name for it")
 
 
-def _read_file(root: str, name: str, max_bytes: int) -> bytes:
+def _read_file(root: str, name: str, max_bytes: int, patience_s: float) -> bytes:
     if paths.has_scheme(name) or name.startswith("/"):
-        return files.read_bytes(name.removeprefix("file://"), max_bytes)
+        return files.read_bytes(name.removeprefix("file://"), max_bytes, patience_s)
     if why := paths.leaves_root(name):
         raise UserError(f"refused: {why}; it must name a file under {root}")
     path = paths.join(root, name)
     if paths.is_outside(path, root):
         raise UserError(f"refused: it is a symbolic link that leaves {root}")
-    return files.read_bytes(path, max_bytes)
+    return files.read_bytes(path, max_bytes, patience_s)

@@ -53,7 +53,8 @@ def predict_images(job: PredictJob, workers: WorkersConfig) -> Totals:
             cannot be read unless these are skipped, or not one that can.
         StorageError: a storage stayed out of reach.
     """
-    output, inputs, checkpoint = Output(job.output), job.inputs, open_checkpoint(job.checkpoint)
+    patience_s = workers.storage_timeout_s
+    output, inputs, checkpoint = Output(job.output), job.inputs, open_checkpoint(job.checkpoint, patience_s)
     weights, run = fingerprint(checkpoint), checkpoint.config
     made_of = {"format": FORMAT, "checkpoint": weights, "input": inputs.digest, "images": inputs.images}
     made_of |= {"shards": len(inputs.shards), "min_score": job.min_score, "pictures": job.pictures}
@@ -74,6 +75,7 @@ def predict_images(job: PredictJob, workers: WorkersConfig) -> Totals:
             _chosen(inputs, job.pictures),
             pool.gpu,
             pool.threads,
+            patience_s,
         )
         _run(shard_job, inputs, todo, pool)
     totals = output.write_skipped(len(inputs.shards))

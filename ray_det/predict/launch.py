@@ -83,7 +83,7 @@ def _worker(config: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     set_up_torch(room.threads, None, device)
-    checkpoint = open_checkpoint(job.checkpoint)
+    checkpoint = open_checkpoint(job.checkpoint, config["patience_s"])
     run = checkpoint.config
     data = run.data.model_copy(update={"on_bad_image": job.on_bad_image or run.data.on_bad_image})
     detections: list[Detections] = []

@@ -136,12 +136,13 @@ class Output:
         return Totals(images, unreadable, detections, problems)
 
     def _read(self, kind: str, number: int) -> pa.Table:
-        return pq.read_table(pa.BufferReader(files.read_bytes(f"{self.folder.uri}/{kind}/{_part(number)}")))
+        path = f"{self.folder.uri}/{kind}/{_part(number)}"
+        return pq.read_table(pa.BufferReader(files.read_bytes(path, patience_s=self.folder.patience_s)))
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
         try:
-            with files.writing(f"{self.folder.uri}/{name}") as path:
+            with files.writing(f"{self.folder.uri}/{name}", self.folder.patience_s) as path:
                 yield path
         except OSError as error:
             raise StorageError(f"cannot write {self.folder.uri}/{name}: {reason(error)}") from error

@@ -119,7 +119,7 @@ def _row(row: dict[str, Any], content: str, name: str | None, ids: str | None, n
     image = value.get("bytes") if isinstance(value, dict) else value
     label = row[name] if name else known
 
-    def read(max_bytes: int) -> bytes:
+    def read(max_bytes: int, patience_s: float) -> bytes:
         if image is None:
             raise UserError("the input has no bytes for it")
         if len(image) > max_bytes:

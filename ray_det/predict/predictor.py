@@ -19,19 +19,23 @@ from ray_det.data.plan import resized, round_up
 from ray_det.evaluate.inference import infer
 from ray_det.models.compute import use_bf16
 from ray_det.models.detector import Detector
+from ray_det.retry import PATIENCE_S
 from ray_det.storage import Folder
 from ray_det.train.checkpoint import Checkpoint
 from ray_det.train.session import BEST
 from ray_det.types import DEFAULT_LIMITS, ClassList, Detections, ImageLimits, MicroBatch, UserError
 
 
-def open_checkpoint(location: str) -> Checkpoint:
+def open_checkpoint(location: str, patience_s: float = PATIENCE_S) -> Checkpoint:
     """The checkpoint at a local path or URI: a checkpoint's folder, or a run's, of which it is the best or the latest.
+
+    Args:
+        patience_s: seconds for which a remote storage may be out of reach.
 
     Raises:
         UserError: there is none, or a broken one.
     """
-    folder = Folder.at(location)
+    folder = Folder.at(location, patience_s)
     if not folder.exists():
         raise UserError(f"no such checkpoint or run folder: {folder.uri}")
     if not folder.exists("state.json"):

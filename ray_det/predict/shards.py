@@ -52,6 +52,7 @@ class ShardJob:
     pictures: frozenset[tuple[int, int]]  # (shard, place in it) of images that are drawn
     gpu: bool
     threads: int
+    patience_s: float  # for which a storage may be out of reach
 
 
 _Fetched = tuple[InputImage, bytes | UserError]
@@ -93,7 +94,7 @@ class ShardPredictor:
         device = torch.device("cuda" if self._job.gpu else "cpu")
         set_up_torch(self._job.threads, None, device)
         cv2.setNumThreads(0)  # images are decoded side by side
-        checkpoint = open_checkpoint(self._job.checkpoint)
+        checkpoint = open_checkpoint(self._job.checkpoint, self._job.patience_s)
         if fingerprint(checkpoint) != self._job.weights:
             raise UserError(f"{self._job.checkpoint} has changed since the prediction began: start it again")
         return Predictor(checkpoint, device)
@@ -123,7 +124,7 @@ class ShardPredictor:
 
     def _fetch(self, image: InputImage) -> _Fetched:
         try:
-            return image, image.read(self._job.max_bytes)
+            return image, image.read(self._job.max_bytes, self._job.patience_s)
         except UserError as error:
             return image, error
 

@@ -56,7 +56,7 @@ def train(config: TrainJobConfig, *, started_at: float, say: Callable[[str], Non
         start_ray(job.config.workers, job.config.validators)
         room = require_room(job.config.workers, job.config.validators)
         if config.overwrite and job.run.names():
-            require_model(job.config, job.facts.classes)
+            require_model(job.config, job.facts.classes, room.gpu)
         claim(job)
         manifests = {split: ray.put(manifest) for split, manifest in job.manifests.items()}
         with closing(ProgressPrinter()) as printer, signals() as got:

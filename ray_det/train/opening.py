@@ -85,16 +85,19 @@ def _state(job: Job, checkpoint: Checkpoint) -> TrainState:
 
 
 def build_network(
-    config: TrainJobConfig, classes: ClassList, architecture: dict[str, Any] | None = None
+    config: TrainJobConfig, classes: ClassList, gpu: bool, architecture: dict[str, Any] | None = None
 ) -> tuple[Detector, WeightsReport | None]:
     """On the CPU, with the weights that a run begins with, its parts frozen as asked for.
 
     Args:
+        gpu: whether it will be trained on one.
         architecture: as a checkpoint has it, whose weights are loaded later.
 
     Raises:
-        UserError: there is no such model or part, or weights that do not fit.
+        UserError: there is no such model or part, weights that do not fit, or it is asked for what needs a GPU.
     """
+    if config.train.sync_batch_norm and not gpu:
+        raise UserError("train.sync_batch_norm needs GPUs")
     detector, weights = build_detector(config.model, classes, padding=config.data.padding, architecture=architecture)
     freeze(detector, config.model.freeze)
     return detector, weights
@@ -103,17 +106,14 @@ def build_network(
 def _detector(job: Job, runtime: Runtime, checkpoint: Checkpoint | None) -> Detector:
     """On its device, in training mode, with its parts as the configuration wants them."""
     config = job.config
-    detector, weights = build_network(
-        config, job.facts.classes, checkpoint.content["architecture"] if checkpoint else None
-    )
+    architecture = checkpoint.content["architecture"] if checkpoint else None
+    detector, weights = build_network(config, job.facts.classes, runtime.device.type == "cuda", architecture)
     if weights is not None and runtime.is_main:
         runtime.notify({"message": weights.table()})
     if checkpoint:
         if (names := checkpoint.classes.names) != (wanted := job.facts.classes.names):
             raise UserError(f"{job.run.uri} was trained on the classes {', '.join(names)}, not {', '.join(wanted)}")
         checkpoint.load_model(detector)
-    if config.train.sync_batch_norm and runtime.device.type != "cuda":
-        raise UserError("train.sync_batch_norm needs GPUs")
     if config.train.sync_batch_norm and runtime.group:
         sync_batch_norms(detector)
     detector.to(runtime.device).train()

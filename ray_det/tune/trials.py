@@ -79,12 +79,12 @@ def run_trials(trials: Trials, say: Say, report: Callable[[list[SweepTrial], dic
             say(f"{trials.kind} {base.name} is finished: {folder.uri}")
         else:
             left = sum(not trial.ended for trial in known) + len(numbers)
-            room = make_room(base.workers, min(left, trials.concurrent or left))
+            at_once, room = make_room(base.workers, min(left, trials.concurrent or left))
             if base.overwrite and folder.names():
-                require_model(base, manifests["train"].classes)
+                require_model(base, manifests["train"].classes, room.gpu)
                 folder.delete()
             folder.write_text(f"{trials.kind}.json", json.dumps(facts, indent=1))
-            _run(trials, base, known, numbers, proposer, manifests, room, say)
+            _run(trials, base, known, numbers, proposer, manifests, (at_once, room), say)
         report(read_trials(folder), manifests)
 
 

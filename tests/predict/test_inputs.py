@@ -17,8 +17,6 @@ from ray_det.predict.inputs import InputImage, Inputs, _fits
 from ray_det.predict.parquet_inputs import read_inputs
 from ray_det.types import UserError
 
-LIMIT = 1 << 20
-
 
 def read(
     source: object, ids_from: Path | None = None, shard_images: int | None = None, output: object = "/none"
@@ -30,6 +28,10 @@ def images(inputs: Inputs) -> list[InputImage]:
     found = [image for shard in inputs.shards for image in inputs.read(shard)]
     assert len(found) == inputs.images == sum(inputs.counts)
     return found
+
+
+def content(image: InputImage, max_bytes: int = 1 << 20) -> bytes:
+    return image.read(max_bytes, 0.0)
 
 
 def names(folder: Path) -> list[str]:
@@ -44,9 +46,9 @@ def test_a_folder_is_searched_in_depth_but_for_the_output_in_it(photos):
     found = images(read(photos, output=photos / "out"))
     assert [image.name for image in found] == wanted and "deep" in wanted[1]
     assert [image.id for image in found] == list(range(1, 10))
-    assert [image.read(LIMIT) for image in found] == [(photos / name).read_bytes() for name in wanted]
+    assert [content(image) for image in found] == [(photos / name).read_bytes() for name in wanted]
     with pytest.raises(UserError, match="more than max_bytes 10"):
-        found[0].read(10)
+        content(found[0], 10)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_a_manifest_gives_its_own_ids_and_bytes(small_coco, tmp_path, packed):
     found = images(read(tmp_path / "manifest.parquet", shard_images=3))
     assert [(image.id, image.name) for image in found] == [(e["id"], e["file_name"]) for e in entries]
     folder = small_coco["val"].parent / "images"
-    assert [image.read(LIMIT) for image in found] == [(folder / e["file_name"]).read_bytes() for e in entries]
+    assert [content(image) for image in found] == [(folder / e["file_name"]).read_bytes() for e in entries]
 
 
 @pytest.mark.parametrize("column", ["uri", "path", "file_name"])
@@ -110,11 +112,11 @@ def test_a_column_of_paths_relative_absolute_or_null(photos, tmp_path, column):
     pq.write_table(table, tmp_path / "list.parquet")
     found = images(read(tmp_path / "list.parquet"))
     assert [image.id for image in found] == [5, 3, 4, 1, 2, 9]
-    assert found[0].read(LIMIT) == b"beside" and found[0].name == "a.jpg"
-    assert found[1].read(LIMIT) == found[2].read(LIMIT) == (photos / "cut.jpg").read_bytes()
+    assert content(found[0]) == b"beside" and found[0].name == "a.jpg"
+    assert content(found[1]) == content(found[2]) == (photos / "cut.jpg").read_bytes()
     for image, why in zip(found[3:], ("no name", "it has '..'", "no such file"), strict=True):
         with pytest.raises(UserError, match=why):
-            image.read(LIMIT)
+            content(image)
 
 
 def test_images_in_parquet_files_by_row_groups(photos, tmp_path):
@@ -127,10 +129,10 @@ def test_images_in_parquet_files_by_row_groups(photos, tmp_path):
         inputs = read(source, shard_images=3)
         found = images(inputs)
         assert inputs.counts == [3, 1, 1, 3, 1]
-        assert [image.read(LIMIT) for image in found] == contents
+        assert [content(image) for image in found] == contents
         assert [(image.id, image.name) for image in found] == list(enumerate(names(photos), 1))
     with pytest.raises(UserError, match="more than max_bytes"):
-        found[0].read(10)
+        content(found[0], 10)
 
 
 def test_images_in_structs_as_hugging_face_has_them(tmp_path):
@@ -138,9 +140,9 @@ def test_images_in_structs_as_hugging_face_has_them(tmp_path):
     pq.write_table(pa.table({"image": rows, "image_id": [7, 8, 9]}), tmp_path / "set.parquet")
     found = images(read(tmp_path / "set.parquet"))
     assert [image[:2] for image in found] == [(7, "1.jpg"), (8, "2.jpg"), (9, "")]
-    assert found[0].read(LIMIT) == b"one"
+    assert content(found[0]) == b"one"
     with pytest.raises(UserError, match="no bytes"):
-        found[1].read(LIMIT)
+        content(found[1])
 
 
 @pytest.mark.parametrize(
@@ -174,4 +176,4 @@ def test_a_link_out_of_the_folder_is_not_followed(photos, tmp_path):
     (photos / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (image,) = (image for image in images(read(photos)) if image.name == "link.jpg")
     with pytest.raises(UserError, match="symbolic link that leaves"):
-        image.read(LIMIT)
+        content(image)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +17,18 @@ import ray_det
 from ray_det.ahead import ahead
 from ray_det.predict import shards
 from ray_det.predict.flow import by_canvas
-from ray_det.predict.inputs import Inputs
+from ray_det.predict.inputs import Inputs, file_inputs
 from ray_det.predict.output import DETECTIONS, IMAGES, Output
 from ray_det.predict.parquet_inputs import read_inputs
 from ray_det.predict.predictor import open_checkpoint
 from ray_det.predict.shards import ShardJob, ShardPredictor, fingerprint
-from ray_det.storage import Folder
+from ray_det.retry import PATIENCE_S
+from ray_det.storage import Folder, StorageError
 from ray_det.types import UserError
 from tests.far import far_away
 from tests.predict.conftest import CLASSES, write_checkpoint
 from tests.predict.test_inputs import names
+from tests.s3 import nowhere
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,7 @@ def inputs_of(photos: Path, size: int | None = None) -> Inputs:
 def job(checkpoint, photos, tmp_path) -> ShardJob:
     output, weights = Output(Folder.at(str(tmp_path / "out"))), fingerprint(open_checkpoint(str(checkpoint)))
     read = inputs_of(photos).read
-    return ShardJob(str(checkpoint), weights, read, output, 2, 1 << 20, 0.0, True, frozenset({(0, 1)}), False, 1)
+    return ShardJob(str(checkpoint), weights, read, output, 2, 1 << 20, 0.0, True, frozenset({(0, 1)}), False, 1, 120.0)
 
 
 def run(job: ShardJob, inputs: Inputs) -> list[dict]:
@@ -127,7 +130,7 @@ def test_another_checkpoint_in_its_place_is_noticed(job, photos):
 
 def test_the_detector_is_loaded_once(job, photos, monkeypatch):
     opened, open_it = [], open_checkpoint
-    monkeypatch.setattr(shards, "open_checkpoint", lambda location: opened.append(location) or open_it(location))
+    monkeypatch.setattr(shards, "open_checkpoint", lambda *given: opened.append(given) or open_it(*given))
     run(job, inputs_of(photos, 1))
     assert len(opened) == 1 and len(parts(job, "images")) == 9
 
@@ -191,6 +194,23 @@ def test_many_files_of_an_object_store_are_read_at_once(job, small_coco, s3, mon
     with far_away(s3, monkeypatch, 0.1) as storage:
         run(replace(job, read=inputs.read), inputs)
     assert storage.most_at_once >= 8
+
+
+@pytest.mark.slow
+def test_a_storage_out_of_reach_is_waited_for_as_long_as_asked(job, monkeypatch):
+    for name, value in nowhere().items():
+        monkeypatch.setenv(name, value)
+    inputs = file_inputs(pa.table({"image_id": [1], "uri": ["a.jpg"]}), "s3://away/photos", None, None, None, "")
+    output, began = Output(Folder.at("s3://away/out", 0.5)), time.monotonic()
+    with pytest.raises(StorageError, match="^cannot read s3://away/photos/a.jpg: "):
+        run(replace(job, read=inputs.read, patience_s=0.5), inputs)
+    with pytest.raises(StorageError, match="^cannot write s3://away/out/pictures/1.jpg: "):
+        output.write_picture(1, b"jpeg")
+    with pytest.raises(StorageError, match="^cannot read s3://away/out/images.parquet/part-000000.parquet: "):
+        list(output.tables(IMAGES, 1))
+    with pytest.raises(StorageError, match="^cannot reach s3://away/model: "):
+        open_checkpoint("s3://away/model", 0.5)
+    assert time.monotonic() - began < PATIENCE_S, "the default was waited for"
 
 
 def test_an_unknown_precision_is_refused(checkpoint):

@@ -56,17 +56,20 @@ def trained(small_coco, tmp_path) -> Path:
         ("train", "--data.train"),
         ("train", "--workers.num"),
         ("train", "--model.name"),
+        ("train", "--train.sync_batch_norm"),
         ("tune", "--data.val"),
         ("tune", "--model.freeze"),
     ],
 )
 def test_what_is_overwritten_stays_until_all_is_right(job, wrong, small_coco, trained, tmp_path, capfd):
-    """Data that is not there; more workers than there is room for; no such model, or part of it."""
+    """Data that is not there; more workers or GPUs than there is room for; no such model, or part of it."""
     asked: dict[str, Any] = config(small_coco, tmp_path) | {"overwrite": True}
     if wrong == "--workers.num":
         asked |= {"workers": {"num": 2, "cpus": 500}}
     elif wrong == "--model.name":
         asked["model"] = {"name": "torchvision/fcos_resnet51_fpn"}
+    elif wrong == "--train.sync_batch_norm":
+        asked["train"] |= {"sync_batch_norm": True}
     elif wrong == "--model.freeze":
         asked["model"] |= {"freeze": ["bakbone"]}
     else:
@@ -77,8 +80,9 @@ def test_what_is_overwritten_stays_until_all_is_right(job, wrong, small_coco, tr
     assert run_job(job, "--config", write(asked, tmp_path / "asked")) == 2
     said = capfd.readouterr().err.strip()
     assert content(trained) == before, said
-    near = {"--model.name": "did you mean resnet50", "--model.freeze": "backbone"}.get(wrong, "")
-    assert near in said and len(said.splitlines()) == 1
+    near = {"--model.name": "did you mean resnet50", "--model.freeze": "backbone"}
+    near |= {"--train.sync_batch_norm": "needs GPUs"}
+    assert near.get(wrong, "") in said and len(said.splitlines()) == 1
 
 
 def test_to_overwrite_is_not_part_of_a_run(small_coco, trained, tmp_path):
