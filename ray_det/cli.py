@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ray_det import recipes as recipe_files
 from ray_det import yaml12
-from ray_det.fields import help_text, is_optional, leaf_fields, members, type_text
+from ray_det.fields import help_text, is_optional, item_of, leaf_fields, members, type_text
 from ray_det.types import Stopped, TrainingError, UserError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -261,7 +261,7 @@ def _from_text(text: str, annotation: Any, source: str) -> Any:
     if kinds & {tuple, list}:
         if text.lstrip().startswith("["):
             return yaml12.read(text, source)
-        if members(get_args(annotation)[0]) <= {str, Path}:
+        if members(item_of(annotation)) <= {str, Path}:
             return [part.strip() for part in text.split(",") if part.strip()]
         return yaml12.read(f"[{text}]", source)
     value = yaml12.read(text, source)

@@ -44,6 +44,13 @@ def is_optional(annotation: Any) -> bool:
     )
 
 
+def item_of(annotation: Any) -> Any:
+    """What a list or tuple holds, also one that may be none."""
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return next((item for a in get_args(annotation) if (item := item_of(a)) is not None), None)
+    return next(iter(get_args(annotation)), None)
+
+
 def type_text(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     """What a field takes, in words: `int >= 1 or none`, `mean | zero`."""
     origin, args = get_origin(annotation), get_args(annotation)

@@ -22,6 +22,7 @@ class Inner(BaseModel):
     rate: float = Field(0.5, gt=0, description="rate, per second")
     sizes: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
+    others: tuple[str, ...] | None = None
     kind: Literal["big", "small"] = "big"
     count: int | None = None
     on: bool = False
@@ -89,6 +90,7 @@ def test_lists_with_and_without_brackets() -> None:
     assert small("--inner.sizes", "320").inner.sizes == (320,)
     assert small("--inner.sizes", "[]").inner.sizes == ()
     assert small("--inner.names", "007,no").inner.names == ("007", "no")
+    assert small("--inner.others", "007,no, a: b,#1").inner.others == ("007", "no", "a: b", "#1")
     assert train("--augment.scale", "0.9,1.1").augment.scale == (0.9, 1.1)
     assert train("--model.config", '{"d_model": 64, "act": "relu"}').model.config == {"d_model": 64, "act": "relu"}
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from ray_det.boxes import clip
 from ray_det.config import AugmentConfig
 from ray_det.data import augment, compose
 from ray_det.data.compose import Partners
@@ -155,14 +156,15 @@ class _Composer:
     def _cropped(self, one: Wanted) -> tuple[Source, augment.View]:
         """The image with the boxes that an IoU crop leaves, and a view of the crop."""
         source, canvas = one.source, self.easel.size
-        window = iou_crop(self.rng, self.config, source.boxes_N4, source.size, canvas[1] / canvas[0])
+        boxes_N4 = clip(source.boxes_N4, *source.size)  # the centre of what can be seen decides
+        window = iou_crop(self.rng, self.config, boxes_N4, source.size, canvas[1] / canvas[0])
         x0, y0, x1, y1 = window
         height, width = self.easel.fit((y1 - y0, x1 - x0))
         shrink = min(1, canvas[0] / height, canvas[1] / width)  # the canvas was planned for the whole image
         view = augment.sample(one.rng(), self.config, (y1 - y0, x1 - x0), (height * shrink, width * shrink), canvas)
         view = replace(view, x0=view.x0 + x0, x1=view.x1 + x0, y0=view.y0 + y0, y1=view.y1 + y0)
-        kept = centred(source.boxes_N4, window)
-        return source._replace(boxes_N4=source.boxes_N4[kept], labels_N=source.labels_N[kept]), view
+        kept = centred(boxes_N4, window)
+        return source._replace(boxes_N4=boxes_N4[kept], labels_N=source.labels_N[kept]), view
 
     def _mosaic(self, images: list[Source]) -> Picture:
         """The first image with three others."""

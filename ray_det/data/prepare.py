@@ -39,7 +39,7 @@ def prepare(
 
     Args:
         source: what `sources.read` takes, or a manifest (.parquet).
-        images: the root of `file_name`; None looks for it in the usual places.
+        images: the root of `file_name`; None: a manifest's own, else it is looked for in the usual places.
         cache: folder of prepared manifests.
         split: the entry of a YOLO data.yaml.
         selection: which classes are used; a manifest has made its choice already.
@@ -56,7 +56,12 @@ def prepare(
     if is_manifest(source):
         if selection:
             raise UserError(f"{source} is a manifest: give classes and rename to jobs/prepare.py, which makes it")
-        return read_manifest(source), None
+        manifest = read_manifest(source)
+        if images is None:
+            return manifest, None
+        if manifest.shards:
+            raise UserError(f"{source} is of packed images: --data.images does not move them")
+        return replace(manifest, root=paths.absolute(images)), None
     data, root = _read(source, images, split, selection)
     stats = _stats(data, root)
     key = _cache_key(data, root, stats, limits)

@@ -19,7 +19,9 @@ for which nothing is given back."""
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether to autocast: `auto` means where bf16 is fast, which is on CUDA and on CPUs with AMX tiles."""
     if precision == "auto":
-        return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        if device.type == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cpu._is_amx_tile_supported()
     return precision == "bf16"
 
 

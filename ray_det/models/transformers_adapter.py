@@ -12,9 +12,11 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
@@ -90,15 +92,33 @@ class TransformersDetector(Detector):
         return [module for name, module in parts if name in ("backbone", "encoder", "decoder")]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
+        batch = self._with_cells(batch)
         return self.losses(batch, self.outputs(batch, self.labels(batch)))
 
     def predict(self, batch: Batch) -> list[Prediction]:
+        batch = self._with_cells(batch)
         outputs = self.outputs(batch, None)
         return self.postprocess(batch, outputs.logits, outputs.pred_boxes)
 
     def loss_and_predict(self, batch: Batch) -> tuple[dict[str, Tensor], list[Prediction]]:
+        batch = self._with_cells(batch)
         outputs = self.outputs(batch, self.labels(batch))
         return self.losses(batch, outputs), self.postprocess(batch, outputs.logits, outputs.pred_boxes)
+
+    def _with_cells(self, batch: Batch) -> Batch:
+        """On a larger canvas where this one has fewer cells than queries are picked from, as of very narrow images."""
+        strides = getattr(self.net.config, "feat_strides", ())
+        height, width = old = batch.images_B3HW.shape[-2:]
+        while strides and sum((height // s) * (width // s) for s in strides) < self.net.config.num_queries:
+            if height < width:
+                height += self.size_divisor
+            else:
+                width += self.size_divisor
+        if (height, width) == old:
+            return batch
+        more = (0, width - old[1], 0, height - old[0])
+        images_B3HW, mask_BHW = (F.pad(one, more) for one in (batch.images_B3HW, batch.pixel_mask_BHW))
+        return replace(batch, images_B3HW=images_B3HW, pixel_mask_BHW=mask_BHW)
 
     def outputs(self, batch: Batch, labels: list[dict[str, Tensor]] | None) -> Any:
         """The library's output object.

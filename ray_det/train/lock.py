@@ -12,12 +12,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from json import dumps
 from typing import Any
 
-from ray_det.storage import Folder
+from ray_det.storage import Folder, StorageError
 from ray_det.types import UserError
 
 BEAT_S = 5.0
@@ -43,7 +43,7 @@ def hold(storage: Folder, name: str, say: Callable[[str], None]) -> Iterator[Non
             number += 1
             try:
                 folder.write_text(file, dumps(me | {"beat": number}))
-            except OSError:
+            except StorageError:
                 pass  # the next one may reach the storage
             if ended.wait(BEAT_S):
                 return
@@ -55,8 +55,9 @@ def hold(storage: Folder, name: str, say: Callable[[str], None]) -> Iterator[Non
     finally:
         ended.set()
         thread.join()
-        if (_read(folder, file) or {}).get("token") == me["token"]:
-            (folder / file).delete()
+        with suppress(StorageError):  # it is seen to be dead where this process is gone
+            if (_read(folder, file) or {}).get("token") == me["token"]:
+                (folder / file).delete()
 
 
 def _wait_for_a_dead_holder(folder: Folder, file: str, name: str, say: Callable[[str], None]) -> None:

@@ -128,7 +128,8 @@ def train_steps(session: Session, epoch: Epoch) -> None:
             if result.asked.look and runtime.preempted():
                 _leave(session, "a node is about to be taken away: left", Preempted(), last=step + 1 == plan.steps)
             every = config.train.checkpoint_every_steps
-            if every and session.state.global_step % every == 0 and step + 1 < plan.steps:
+            due = every and session.state.global_step % every == 0 and step + 1 < plan.steps
+            if due and not session.state.nonfinite_in_row:  # a rollback would go to weights that may have diverged
                 session.save()
                 mark = time.perf_counter()
         if next(batches, None) is not None:

@@ -50,6 +50,9 @@ def open_session(job: Job, runtime: Runtime, checkpoint: Checkpoint | None, roll
         if ema:
             checkpoint.load_average(ema.detector)
     if rollbacks:
+        lower = config.train.rollback_lr_factor ** (rollbacks - state.rollbacks)
+        for group in optimizer.param_groups:  # an epoch that has ended is told with it, before the next step
+            group["lr"] *= lower
         state = replace(state, rollbacks=rollbacks, nonfinite_in_row=0)
     if state.phase == "test" and state.has_next(config):
         state = replace(state, phase="train")  # more epochs were asked for

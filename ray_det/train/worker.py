@@ -124,7 +124,9 @@ class _Line:
     def notify(self, update: dict[str, Any]) -> None:
         if "message" in update:
             LOG.info(update["message"])
-        self._answer = self._board.post.remote(update)
+        answer = self._board.post.remote(update)
+        if self._answer is None:  # one that is under way stays: steps may be faster than answers
+            self._answer = answer
 
     def say(self, message: str) -> None:
         """What is logged already."""
@@ -139,6 +141,7 @@ class _Line:
         stop = False
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             stop = ray.get(self._answer)
+            self._answer = None
         look = self._look and time.monotonic() - self._looked_at > LOOK_S
         if look:
             self._looked_at = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ray_det.config import AugmentConfig, DatasetConfig, TrainJobConfig
 from ray_det.data.collate import Shard, from_table, load, to_table
 from ray_det.data.image import MEAN_PIXEL, LoadSpec
 from ray_det.data.plan import EpochPlan, plan_epoch
+from ray_det.data.prepare import prepare
 from ray_det.types import MicroBatch, UserError
 from tests.data.painted import classes, paint, regions
 from tests.data.test_collate import same
@@ -104,6 +106,23 @@ def test_boxes_of_an_iou_crop_are_around_their_pixels(manifest):
     assert hidden > 3, "what has its centre outside is no target"
     areas = [[np.prod(b[:, 2:] - b[:, :2], axis=1).max() for _, b, _ in pictures(x)] for x in (whole, cropped)]
     assert 0.2 < np.mean(np.array(areas[1]) > 1.1 * np.array(areas[0])) < 1, "crops enlarge"
+
+
+def test_without_a_crop_a_box_whose_centre_is_out_of_the_image_stays(manifest, tmp_path):
+    """No crop is one of those that are drawn."""
+    document = json.loads(Path(manifest.source).read_text())
+    for annotation in document["annotations"]:
+        x, y, _, h = annotation["bbox"]
+        annotation["bbox"] = [-x - 60, y, 2 * x + 60, h]
+    (tmp_path / "out.json").write_text(json.dumps(document))
+    out, _ = prepare(str(tmp_path / "out.json"), manifest.root, tmp_path / "cache")
+    plain, cropped = (
+        [(boxes, labels) for _, boxes, labels in pictures(batches(out, spec_of(iou_crop=p, iou_crop_scale=(1.0, 1.0))))]
+        for p in (0, 1)
+    )
+    assert sum(len(labels) for _, labels in plain) > 50
+    for (boxes, labels), (others, same_labels) in zip(plain, cropped, strict=True):
+        assert np.array_equal(labels, same_labels) and np.allclose(boxes, others, atol=1e-3)
 
 
 def test_pasted_boxes_are_whole_and_those_below_are_seen(manifest):

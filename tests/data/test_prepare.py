@@ -168,6 +168,16 @@ def test_manifest_is_read_as_it_is(source: str, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_images_of_a_manifest_may_have_moved(source: str, tmp_path: Path) -> None:
+    manifest, _ = make(source, None)
+    write_manifest(manifest, tmp_path / "m.parquet")
+    moved, _ = prepare(str(tmp_path / "m.parquet"), str(tmp_path / "moved"), tmp_path / "cache")
+    assert moved.root == str(tmp_path / "moved") and moved.hash == manifest.hash
+    write_manifest(replace(manifest, shards=str(tmp_path)), tmp_path / "packed.parquet")
+    with pytest.raises(UserError, match="packed.parquet is of packed images"):
+        prepare(str(tmp_path / "packed.parquet"), str(tmp_path / "moved"), tmp_path / "cache")
+
+
 def test_strict_refuses_errors_also_from_the_cache(source: str, tmp_path: Path) -> None:
     prepare(source, None, tmp_path / "cache", strict=True)  # nothing to refuse
     _remove(tmp_path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ray_det.config import ModelConfig
 from ray_det.models.build import build_detector
@@ -124,11 +126,21 @@ def test_boxes_are_counted_in_the_micro_batch_alone(monkeypatch):
     assert PartialState._shared_state == {"num_processes": 2}
 
 
-def test_too_small_a_canvas_for_the_queries_is_told():
-    config = FAMILIES["d_fine"].config | {"num_queries": 500}
+def test_a_canvas_with_too_few_cells_for_the_queries_is_enlarged():
+    """The same loss and boxes as on a canvas that was large enough from the beginning."""
+    config = FAMILIES["d_fine"].config | {"num_queries": 300}  # 96 x 128 pixels have 252 cells
     detector, _ = build_detector(FAMILIES["d_fine"].model_copy(update={"config": config}), CLASSES)
-    with pytest.raises(UserError, match="96 x 128 pixels has too few cells for 500 queries"):
-        detector.to(CPU)(batch())
+    detector.to(CPU).train()
+    small, more = batch(), (0, 0, 0, 32)
+    images, mask = F.pad(small.images_B3HW, more), F.pad(small.pixel_mask_BHW, more)
+    large, losses = replace(small, images_B3HW=images, pixel_mask_BHW=mask), []
+    for one in (small, large):
+        torch.manual_seed(0)
+        losses.append(detector(one)["loss"])
+    assert torch.equal(*losses)
+    detector.eval()
+    for a, b in zip(*(detector.predict(one) for one in (small, large)), strict=True):
+        assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["scores"], b["scores"])
 
 
 @pytest.mark.parametrize(

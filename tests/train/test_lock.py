@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,24 @@ def test_a_holder_that_no_longer_beats_is_followed_after_a_while(holder, tmp_pat
     holder.send_signal(signal.SIGSTOP)
     take(tmp_path)
     assert "watching for up to 1 s" in capfd.readouterr().out
+
+
+def test_a_holder_beats_again_after_an_outage_of_its_storage(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    locks = tmp_path / ".locks"
+
+    def beats() -> bool:
+        time.sleep(0.5)
+        return locks.is_dir() and (locks / "cells.json").exists()
+
+    with lock.hold(Folder.at(str(tmp_path), 0.0), "cells", print):
+        assert beats()
+        for _ in range(2):
+            shutil.rmtree(locks)
+            locks.touch()  # nothing can be written there
+            assert not beats()
+            locks.unlink()
+            assert beats()
 
 
 def test_what_is_no_lock_holds_nothing(tmp_path):

@@ -20,7 +20,10 @@ from ray_det.data.headers import map_in_threads
 from ray_det.data.plan import resized, round_up
 from ray_det.report.metrics_file import read_records
 from ray_det.train import loop
+from ray_det.train.checkpoint import Checkpoint
+from ray_det.train.opening import open_session
 from ray_det.train.session import Session
+from ray_det.train.snapshot import Snapshot
 from ray_det.train.start import begin
 from ray_det.train.validation import end_epoch
 from ray_det.train.work import evaluation_of
@@ -183,3 +186,12 @@ def test_a_steps_record_is_written_within_the_next_and_none_is_lost(small_coco, 
     assert written == [0, 0, 1, 2, 5, 5, 6]  # the first epoch is kept with its own record
     assert before_own == [0, 1, 2, 3, 5, 6] and kept == [4]
     assert [record["global_step"] for record in read_records(path)] == [1, 2, 3, 4, 4, 5, 6]
+
+
+def test_a_session_that_goes_back_tells_the_lower_rate(session, tmp_path):
+    """Also before its next step: an epoch's end is told of it, and a sweep sees whether it is as planned."""
+    state = replace(session.state, rollbacks=1)
+    Snapshot.of(session.detector, session.optimizer, state, session.job.facts).write(tmp_path / "kept")
+    again = open_session(session.job, session.runtime, Checkpoint.open(tmp_path / "kept"), rollbacks=3)
+    before, after = (opened.optimizer.param_groups[0]["lr"] for opened in (session, again))
+    assert after == pytest.approx(before * session.config.train.rollback_lr_factor**2)

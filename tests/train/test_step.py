@@ -150,3 +150,19 @@ def test_a_run_that_diverges_goes_back_to_a_sound_checkpoint_with_a_lower_rate(s
         in_wandb[file.stem] = [row["train/learning_rate"] for row in read_history(file) if "train/batch_loss" in row]
     assert [name[len("run-01234567") :] for name in in_wandb] == ["", "-1", "-2"]
     assert list(in_wandb.values())[-1] == [r["train/learning_rate"] for r in log]
+
+
+def test_no_checkpoint_is_kept_between_steps_that_are_not_finite(small_coco, tmp_path):
+    """Step 4 ruins the weights, 5 and 6 show it: the only way back that is allowed leads to before them."""
+    asked = spec(small_coco, tmp_path, "fcos", epochs=2)
+    asked["config"]["optim"] |= {"clip_norm": 0, "warmup_steps": 0}
+    first = run_alone(asked | {"config": asked["config"] | {"name": "first"}})
+    asked["config"]["optim"] |= {"lr": 1e25, "lr_min": 1e20}
+    asked["config"]["train"] |= {"max_nonfinite_steps": 2, "checkpoint_every_steps": 5}
+    asked["config"]["train"] |= {"max_rollbacks": 1, "rollback_lr_factor": 1e-28}
+    (tmp_path / "run").mkdir()
+    shutil.copy(first / "metrics.jsonl", tmp_path / "run")
+    run = run_alone(asked | {"checkpoint": str(first / "kept" / "checkpoint_00000003_validate")})
+    log = [r for r in records(run) if "train/batch_loss" in r]
+    assert [r["global_step"] for r in log] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(r["train/batch_loss"]) for r in log)
