@@ -1,4 +1,4 @@
-"""Paths and URIs as texts: nothing here is opened, and only `is_outside` looks at the disk."""
+"""Paths and URIs as texts: nothing here is opened, and only `is_outside` and `real` look at the disk."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def absolute(path: str) -> str:
     """A URI as it is (without a final slash), `file://` and plain paths as an absolute local path."""
     path = path.removeprefix("file://")
     return path.rstrip("/") if has_scheme(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def real(path: str) -> str:
+    """As `absolute`, and a local path without symbolic links."""
+    path = absolute(path)
+    return path if has_scheme(path) else os.path.realpath(path)
 
 
 def join(root: str, name: str) -> str:

@@ -52,8 +52,8 @@ def read_inputs(source: str, ids_from: str | None, shard_images: int | None, out
         UserError: there is no image, no column that is known, a file without one that the first has, or an id is there
             twice.
     """
-    root, found = find(source)
-    parquet = [name for name in found if name.endswith(".parquet") and not f"{root}/{name}".startswith(f"{output}/")]
+    root, found = find(source, output)
+    parquet = [name for name in found if name.endswith(".parquet")]
     if not parquet and source.endswith(".parquet") and not is_glob(source):
         raise UserError(f"no such file: {source}")
     if not parquet or paths.images(found):
@@ -122,7 +122,7 @@ def _row_inputs(tables: list[str], columns: _Columns, wanted: int | None) -> Inp
             shards.append(pa.Table.from_pylist([row]))
             counts.append(count)
             first += count
-    about: list[Any] = [columns.content, columns.name, size]
+    about: list[Any] = [columns.content, columns.name]
     for table in tables:
         about.append([table, files.stats(paths.parent(table), [table.rsplit("/", 1)[1]])])
     if columns.ids is not None:
@@ -130,7 +130,7 @@ def _row_inputs(tables: list[str], columns: _Columns, wanted: int | None) -> Inp
         require_unique(pa.concat_tables([_read(table, alone) for table in tables])["image_id"], "the input")
     if not shards:
         raise UserError(f"no images at {tables[0]}: it has no rows")
-    return Inputs(shards, counts, partial(_read_rows, columns), digest(about, pa.table({}), []))
+    return Inputs(shards, counts, size, partial(_read_rows, columns), digest(about, pa.table({}), []))
 
 
 def _read_rows(columns: _Columns, shard: pa.Table) -> Iterator[InputImage]:

@@ -54,6 +54,28 @@ def test_a_folder_is_searched_in_depth_but_for_the_output_in_it(photos):
         content(found[0], 10)
 
 
+@pytest.mark.parametrize("source", ["photos", "link", "photos/**/*.jpg", "link/**/*.jpg"])
+@pytest.mark.parametrize("output", ["{}/photos/out", "{}/link/out", "file://{}/photos/out", "file://{}/link/out/"])
+def test_the_output_is_none_of_the_input_by_whatever_way_it_is_named(photos, tmp_path, source, output):
+    (tmp_path / "link").symlink_to(photos)
+    before = images(read(tmp_path / source))
+    (photos / "out" / "pictures").mkdir(parents=True)
+    (photos / "out" / "pictures" / "1.jpg").write_bytes(b"drawn")
+    (photos / "outer.jpg").write_bytes(b"another")
+    found = images(read(tmp_path / source, output=output.format(tmp_path)))
+    assert {image.name for image in found} == {image.name for image in before} | {"outer.jpg"}
+
+
+def test_what_is_drawn_beside_a_parquet_is_no_input(tmp_path):
+    pq.write_table(pa.table({"bytes": [b"a", b"b"]}), tmp_path / "set.parquet")
+    first = read(tmp_path, output=tmp_path / "out")
+    for name in ("pictures/1.jpg", "images.parquet/part-000000.parquet"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True)
+        (tmp_path / "out" / name).write_bytes(b"written")
+    again = read(tmp_path, output=tmp_path / "out")
+    assert again.digest == first.digest and [content(image) for image in images(again)] == [b"a", b"b"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "count"), [("*.jpg", 7), ("**/*.jpg", 8), ("*/*.jpg", 1), ("cut.jpg", 1), ("[ct]*.*g", 2)]
 )
