@@ -9,7 +9,9 @@ from collections.abc import Iterable
 
 from ray_det.types import UserError
 
-IMAGE_SUFFIXES = tuple(f".{kind}" for kind in "jpg jpeg png bmp gif tif tiff webp avif mpo jp2 pgm ppm".split())
+IMAGE_SUFFIXES = tuple(
+    f".{kind}" for kind in "jpg jpeg jfif png bmp gif tif tiff webp avif mpo jp2 j2k pbm pgm pnm ppm".split()
+)
 
 
 def has_scheme(path: str) -> bool:

@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from ray_det.data import files
+from ray_det.data import files, paths
+from ray_det.data.decode import decode
 from ray_det.data.manifest import write_manifest
 from ray_det.data.pack import pack
 from ray_det.data.prepare import make
@@ -52,6 +54,19 @@ def test_a_folder_is_searched_in_depth_but_for_the_output_in_it(photos):
     assert [content(image) for image in found] == [(photos / name).read_bytes() for name in wanted]
     with pytest.raises(UserError, match="more than max_bytes 10"):
         content(found[0], 10)
+
+
+@pytest.mark.parametrize("suffix", paths.IMAGE_SUFFIXES)
+def test_every_kind_that_is_looked_for_is_decoded(tmp_path, suffix):
+    Image.new("1" if suffix == ".pbm" else "RGB", (30, 20)).save(tmp_path / f"a{suffix}")
+    (image,) = images(read(tmp_path))
+    assert decode(content(image), image.name).shape == (20, 30, 3)
+
+
+def test_other_endings_of_these_kinds_are_looked_for(tmp_path):
+    for suffix in ("pnm", "pbm", "jfif", "J2K"):
+        Image.new("1" if suffix == "pbm" else "RGB", (30, 20)).save(tmp_path / f"a.{suffix}")
+    assert len(images(read(tmp_path))) == 4
 
 
 @pytest.mark.parametrize("source", ["photos", "link", "photos/**/*.jpg", "link/**/*.jpg"])
