@@ -1,4 +1,4 @@
-"""Paths and URIs as texts: nothing here is opened, and only `is_outside` looks at the disk."""
+"""Paths and URIs as texts: nothing here is opened, and only `is_outside` and `real` look at the disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Iterable
 
 from ray_det.types import UserError
 
-IMAGE_SUFFIXES = tuple(f".{kind}" for kind in "jpg jpeg png bmp gif tif tiff webp avif mpo jp2 pgm ppm".split())
+IMAGE_SUFFIXES = tuple(
+    f".{kind}" for kind in "jpg jpeg jfif png bmp gif tif tiff webp avif mpo jp2 j2k pbm pgm pnm ppm".split()
+)
 
 
 def has_scheme(path: str) -> bool:
@@ -20,6 +22,12 @@ def absolute(path: str) -> str:
     """A URI as it is (without a final slash), `file://` and plain paths as an absolute local path."""
     path = path.removeprefix("file://")
     return path.rstrip("/") if has_scheme(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def real(path: str) -> str:
+    """As `absolute`, and a local path without symbolic links."""
+    path = absolute(path)
+    return path if has_scheme(path) else os.path.realpath(path)
 
 
 def join(root: str, name: str) -> str:

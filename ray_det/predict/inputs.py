@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class Inputs:
 
     shards: list[pa.Table]  # what `read` takes; their order and cut depend on the input alone
     counts: list[int]  # images of each
+    shard_images: int  # of a whole one
     read: Callable[[pa.Table], Iterator[InputImage]]
     digest: str  # hex, changes with the list of images, and with their files where a listing tells
 
@@ -66,8 +68,8 @@ def listed_inputs(source: str, ids_from: str | None, shard_images: int | None, o
     Raises:
         UserError: there is no image, or one that `ids_from` does not have.
     """
-    root, names = find(source)
-    names = [name for name in paths.images(names) if not f"{root}/{name}".startswith(f"{output}/")]
+    root, names = find(source, output)
+    names = paths.images(names)
     if not names:
         raise UserError(f"no images at {source}: looked for {', '.join(paths.IMAGE_SUFFIXES)}, and .parquet")
     stats = [stat or (-1, -1) for stat in files.stats(root, names)]
@@ -97,7 +99,7 @@ def file_inputs(
     cuts = range(0, len(table), size)
     shards = [numbered(table.slice(at, size), number) for number, at in enumerate(cuts)]
     about = digest([made, root, packed], table, ["image_id"])
-    return Inputs(shards, [len(shard) for shard in shards], partial(_read_files, root, packed), about)
+    return Inputs(shards, [len(shard) for shard in shards], size, partial(_read_files, root, packed), about)
 
 
 def shard_size(images: int, wanted: int | None) -> int:
@@ -120,9 +122,19 @@ def is_glob(source: str) -> bool:
     return bool(_MAGIC.search(source)) and (paths.has_scheme(source) or not Path(paths.absolute(source)).exists())
 
 
-def find(source: str) -> tuple[str, list[str]]:
-    """(root, sorted names of all files under it that `source` names)."""
-    source = paths.absolute(source)
+def find(source: str, output: str) -> tuple[str, list[str]]:
+    """(root, sorted names of all files under it that `source` names and that are not under `output`)."""
+    root, names = _found(paths.absolute(source))
+    taken = f"{paths.real(output)}/"
+
+    @cache
+    def free(folder: str) -> bool:
+        return not f"{paths.real(f'{root}/{folder}')}/".startswith(taken)
+
+    return root, [name for name in names if free(posixpath.dirname(name))]
+
+
+def _found(source: str) -> tuple[str, list[str]]:
     if not is_glob(source):
         if files.is_file(source):
             root, _, name = source.rpartition("/")

@@ -56,9 +56,7 @@ def predict_images(job: PredictJob, workers: WorkersConfig) -> Totals:
     patience_s = workers.storage_timeout_s
     output, inputs, checkpoint = Output(job.output), job.inputs, open_checkpoint(job.checkpoint, patience_s)
     weights, run = fingerprint(checkpoint), checkpoint.config
-    made_of = {"format": FORMAT, "checkpoint": weights, "input": inputs.digest, "images": inputs.images}
-    made_of |= {"shards": len(inputs.shards), "min_score": job.min_score, "pictures": job.pictures}
-    output.claim(made_of, job.overwrite)
+    output.claim(made_of(job, weights), job.overwrite)
     done = output.done()
     todo = [number for number in range(len(inputs.shards)) if number not in done]
     if todo:
@@ -87,6 +85,13 @@ def predict_images(job: PredictJob, workers: WorkersConfig) -> Totals:
         if todo or not job.output.exists(COCO):
             output.write_coco(len(inputs.shards))
     return totals
+
+
+def made_of(job: PredictJob, weights: str) -> dict[str, Any]:
+    """What a prediction must have in common with the one that it goes on with."""
+    inputs = job.inputs
+    about = {"format": FORMAT, "checkpoint": weights, "input": inputs.digest, "images": inputs.images}
+    return about | {"shard_images": inputs.shard_images, "min_score": job.min_score, "pictures": job.pictures}
 
 
 def _run(job: ShardJob, inputs: Inputs, todo: list[int], pool: Pool) -> None:

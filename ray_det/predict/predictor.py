@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from ray_det.types import DEFAULT_LIMITS, ClassList, Detections, ImageLimits, Mi
 
 def open_checkpoint(location: str, patience_s: float = PATIENCE_S) -> Checkpoint:
     """The checkpoint at a local path or URI: a checkpoint's folder, or a run's, of which it is the best or the latest.
+    A remote one is copied to the disk, for as long as it is held.
 
     Args:
         patience_s: seconds for which a remote storage may be out of reach.
@@ -47,8 +50,14 @@ def open_checkpoint(location: str, patience_s: float = PATIENCE_S) -> Checkpoint
     if folder.local:
         return Checkpoint.open(folder.local)
     local = Path(tempfile.mkdtemp(prefix="ray_det_checkpoint_"))
-    folder.download(local)
-    return Checkpoint.open(local)
+    try:
+        folder.download(local)
+        checkpoint = Checkpoint.open(local)
+    except BaseException:
+        shutil.rmtree(local, ignore_errors=True)
+        raise
+    weakref.finalize(checkpoint, shutil.rmtree, local, ignore_errors=True)  # it reads its files when it is asked
+    return checkpoint
 
 
 class Predictor:

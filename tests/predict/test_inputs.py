@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from ray_det.data import files, paths
+from ray_det.data.decode import decode
 from ray_det.data.manifest import write_manifest
 from ray_det.data.pack import pack
 from ray_det.data.prepare import make
@@ -49,6 +54,41 @@ def test_a_folder_is_searched_in_depth_but_for_the_output_in_it(photos):
     assert [content(image) for image in found] == [(photos / name).read_bytes() for name in wanted]
     with pytest.raises(UserError, match="more than max_bytes 10"):
         content(found[0], 10)
+
+
+@pytest.mark.parametrize("suffix", paths.IMAGE_SUFFIXES)
+def test_every_kind_that_is_looked_for_is_decoded(tmp_path, suffix):
+    Image.new("1" if suffix == ".pbm" else "RGB", (30, 20)).save(tmp_path / f"a{suffix}")
+    (image,) = images(read(tmp_path))
+    assert decode(content(image), image.name).shape == (20, 30, 3)
+
+
+def test_other_endings_of_these_kinds_are_looked_for(tmp_path):
+    for suffix in ("pnm", "pbm", "jfif", "J2K"):
+        Image.new("1" if suffix == "pbm" else "RGB", (30, 20)).save(tmp_path / f"a.{suffix}")
+    assert len(images(read(tmp_path))) == 4
+
+
+@pytest.mark.parametrize("source", ["photos", "link", "photos/**/*.jpg", "link/**/*.jpg"])
+@pytest.mark.parametrize("output", ["{}/photos/out", "{}/link/out", "file://{}/photos/out", "file://{}/link/out/"])
+def test_the_output_is_none_of_the_input_by_whatever_way_it_is_named(photos, tmp_path, source, output):
+    (tmp_path / "link").symlink_to(photos)
+    before = images(read(tmp_path / source))
+    (photos / "out" / "pictures").mkdir(parents=True)
+    (photos / "out" / "pictures" / "1.jpg").write_bytes(b"drawn")
+    (photos / "outer.jpg").write_bytes(b"another")
+    found = images(read(tmp_path / source, output=output.format(tmp_path)))
+    assert {image.name for image in found} == {image.name for image in before} | {"outer.jpg"}
+
+
+def test_what_is_drawn_beside_a_parquet_is_no_input(tmp_path):
+    pq.write_table(pa.table({"bytes": [b"a", b"b"]}), tmp_path / "set.parquet")
+    first = read(tmp_path, output=tmp_path / "out")
+    for name in ("pictures/1.jpg", "images.parquet/part-000000.parquet"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True)
+        (tmp_path / "out" / name).write_bytes(b"written")
+    again = read(tmp_path, output=tmp_path / "out")
+    assert again.digest == first.digest and [content(image) for image in images(again)] == [b"a", b"b"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +159,55 @@ def test_a_column_of_paths_relative_absolute_or_null(photos, tmp_path, column):
             content(image)
 
 
+def test_paths_are_beside_their_own_file(photos, tmp_path):
+    for i, folder in enumerate("abc"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        (tmp_path / "set" / folder / "0.jpg").write_bytes(folder.encode())
+        listed = ["0.jpg", str(photos / "cut.jpg"), None, "../a/0.jpg"]
+        ids = pa.array(range(4 * i, 4 * i + 4), pa.int64() if i else pa.int32())
+        pq.write_table(pa.table({"uri": listed, "image_id": ids}), tmp_path / "set" / folder / "index.parquet")
+    found = images(read(tmp_path / "set" / "*" / "index.parquet"))
+    assert [image.id for image in found] == list(range(12))
+    assert [image.name for image in found[::4]] == ["a/0.jpg", "b/0.jpg", "c/0.jpg"]
+    assert [content(image) for image in found[::4]] == [b"a", b"b", b"c"]
+    assert {content(image) for image in found[1::4]} == {(photos / "cut.jpg").read_bytes()}
+    for why, several in (("no name", found[2::4]), ("it has '..'", found[3::4])):
+        for image in several:
+            with pytest.raises(UserError, match=why):
+                content(image)
+
+
+def test_a_file_alone_or_beside_others_has_its_names_as_they_are(tmp_path):
+    folder = tmp_path / "set" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(b"one")
+    pq.write_table(pa.table({"path": ["1.jpg"]}), folder / "0.parquet")
+    alone = read(folder / "0.parquet")
+    assert read(tmp_path / "**" / "*.parquet").digest == alone.digest
+    pq.write_table(pa.table({"path": ["2.jpg"]}), folder / "1.parquet")
+    found = images(read(tmp_path / "**" / "*.parquet"))
+    assert [image[:2] for image in found] == [(1, "1.jpg"), (2, "2.jpg")]
+    assert content(found[0]) == content(images(alone)[0]) == b"one"
+
+
+def test_a_shard_reads_little_more_than_its_own_images(tmp_path, monkeypatch):
+    given = np.random.default_rng(0).integers(0, 256, (512, 1 << 14), np.uint8)
+    table = pa.table({"bytes": [image.tobytes() for image in given]})
+    pq.write_table(table, tmp_path / "set.parquet", write_batch_size=16)  # a page is never larger than that
+    inputs, taken = read(tmp_path / "set.parquet", shard_images=16), 0
+
+    class Counted(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal taken
+            content = super().read(size) or b""
+            taken += len(content)
+            return content
+
+    monkeypatch.setattr(files, "open_binary", Counted)
+    assert len(list(inputs.read(inputs.shards[0]))) == 16
+    assert 16 * given[0].nbytes <= taken < given.nbytes / 2
+
+
 def test_images_in_parquet_files_by_row_groups(photos, tmp_path):
     contents = [(photos / name).read_bytes() for name in names(photos)]
     table = pa.table({"bytes": contents, "path": names(photos), "label": [1] * 9})
@@ -152,12 +241,43 @@ def test_images_in_structs_as_hugging_face_has_them(tmp_path):
         ({"uri": ["a", "b"], "image_id": [1, 1]}, r"has \[1\] more than once"),
         ({"bytes": [b"a", b"b"], "image_id": [2, 2]}, r"has \[2\] more than once"),
         ({"bytes": pa.array([], pa.binary())}, "it has no rows"),
+        ({"uri": ["a"], "image_id": ["x"]}, r"list.parquet: image_id must be numbers, and is string"),
+        ({"bytes": [b"a"], "image_id": ["x"]}, r"list.parquet: image_id must be numbers, and is string"),
+        ({"uri": ["a"], "image_id": [1.5]}, r"list.parquet: image_id must be whole numbers: .*1.5"),
+        ({"bytes": [b"a"], "image_id": pa.array([1 << 63], pa.uint64())}, r"image_id must be whole numbers: .*9223372"),
     ],
 )
 def test_parquet_that_is_refused(tmp_path, columns, message):
     pq.write_table(pa.table(columns), tmp_path / "list.parquet")
     with pytest.raises(UserError, match=message):
         read(tmp_path / "list.parquet")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"uri": ["a"]}, {"path": ["b"]}, r"b.parquet has no column uri, as .*a.parquet has; it has path"),
+        ({"bytes": [b"a"]}, {"image": [b"b"]}, r"b.parquet has no column bytes, as .* it has image"),
+        ({"bytes": [b"a"], "path": ["a"]}, {"bytes": [b"b"]}, r"b.parquet has no column path, as .* it has bytes"),
+        ({"uri": ["a"], "image_id": [1]}, {"uri": ["b"]}, r"b.parquet has no column image_id, as .* it has uri"),
+        ({"uri": ["a"]}, {"uri": [1]}, r"b.parquet: uri must be text, and is int64"),
+        ({"bytes": [b"a"]}, {"bytes": ["b"]}, r"b.parquet: bytes must be images, and is string"),
+        ({"uri": ["a"], "image_id": [1]}, {"uri": ["b"], "image_id": ["2"]}, r"b.parquet: image_id must be numbers"),
+    ],
+)
+def test_files_that_do_not_go_together(tmp_path, first, second, message):
+    for name, columns in (("a", first), ("b", second)):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("column", [{"bytes": [b"a"]}, {"uri": ["a"]}])
+def test_ids_of_several_widths_go_together(tmp_path, column):
+    for i, kind in enumerate((pa.int32(), pa.int64(), pa.uint8(), pa.float64())):
+        pq.write_table(pa.table({**column, "image_id": pa.array([9 - i], kind)}), tmp_path / f"{i}.parquet")
+    ids = [image.id for image in images(read(tmp_path))]
+    assert ids == [9, 8, 7, 6] and all(isinstance(i, int) for i in ids)
 
 
 def test_what_is_not_there(tmp_path):

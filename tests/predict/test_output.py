@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ray_det.evaluate.detections_file import detections_table
 from ray_det.evaluate.results import Results
+from ray_det.predict.job import PredictJob, made_of
 from ray_det.predict.output import IMAGES_SCHEMA, Output
+from ray_det.predict.parquet_inputs import read_inputs
 from ray_det.storage import Folder, StorageError
 from ray_det.types import UserError
 from tests.predict.conftest import CLASSES
@@ -93,6 +96,23 @@ def test_the_same_goes_on_and_anything_else_is_refused(output):
     output.claim(MADE_OF | {"checkpoint": "c"}, overwrite=True)
     assert output.done() == set()
     output.claim(MADE_OF | {"checkpoint": "c"}, overwrite=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_another_cut_into_as_many_shards_is_refused_by_its_name(output, photos, tmp_path, packed):
+    if packed:
+        pq.write_table(pa.table({"bytes": [b""] * 9}), tmp_path / "set.parquet")
+
+    def cut(shard_images: int | None) -> dict:
+        inputs = read_inputs(str(tmp_path / "set.parquet" if packed else photos), None, shard_images, "/none")
+        assert shard_images is None or len(inputs.shards) == 2
+        return made_of(PredictJob("model", inputs, output.folder), "weights")
+
+    output.claim(cut(5), overwrite=False)
+    output.claim(cut(5), overwrite=False)
+    for other in (6, None):
+        with pytest.raises(UserError, match=r"differs in shard_images: .* --overwrite"):
+            output.claim(cut(other), overwrite=False)
 
 
 def test_other_results_are_not_overwritten(output):

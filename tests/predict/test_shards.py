@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +188,25 @@ def test_from_an_object_store_to_an_object_store(job, photos):
             assert output.write_skipped(3).unreadable == 2
         assert there.folder.read_text("detections.json") == here.folder.read_text("detections.json")
         assert (there.folder / "pictures").names() == ["2.jpg"]
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_remote_checkpoint_is_on_the_disk_as_long_as_it_is_held(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    remote = Folder.at("s3://bucket/held")
+    remote.upload(checkpoint)
+    opened = open_checkpoint(remote.uri)
+    assert opened.folder.parent == tmp_path and opened.build(torch.device("cpu"))
+    del opened
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    (remote / "model.safetensors").delete()
+    with pytest.raises(UserError, match="model.safetensors is missing"):
+        open_checkpoint(remote.uri)
+    assert list(tmp_path.iterdir()) == []
+    assert checkpoint.exists() and open_checkpoint(str(checkpoint)).folder == checkpoint
+    gc.collect()
+    assert (checkpoint / "state.json").exists()
 
 
 def test_many_files_of_an_object_store_are_read_at_once(job, small_coco, s3, monkeypatch):
