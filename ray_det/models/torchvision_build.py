@@ -1,13 +1,15 @@
 """From `torchvision/<name>` and its arguments to a network.
 
 The architecture that a checkpoint keeps: {"library": "torchvision", "name", "fpn_channels", "config", "frozen"
-("", "backbone.body" or "all": the part whose BatchNorm is frozen), "eps" (of frozen norms, null: each layer's own)}.
+("", "backbone.body" or "all": the part whose BatchNorm is frozen), "eps" (of frozen norms, null: each layer's own),
+"anchors": true}. Without the last it is of a time when Faster R-CNN had its default anchors whatever "config" said.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -40,6 +42,13 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "retinanet": detection.RetinaNet,
     "fasterrcnn": detection.FasterRCNN,
 }
+OWN_ANCHORS = (
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "retinanet_resnet50_fpn_v2",
+)
+"""Builders that pass an anchor generator of theirs and take no other."""
 NO_EPS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 """Detectors whose published weights were trained with frozen norms without epsilon (pytorch/vision#2933)."""
 BODY = "backbone.body"
@@ -47,6 +56,8 @@ DEFAULTS = {"score_thresh": 0.05, "detections_per_img": 100}
 HIDDEN = ("self", "backbone", "num_classes", "min_size", "max_size", "image_mean", "image_std", "kwargs")
 MODULES = ("anchor_generator", "rpn_anchor_generator", "head", "rpn_head", "proposal_matcher", "box_roi_pool")
 EXTRA = ("anchor_sizes", "aspect_ratios")
+LEVELS = 5
+"""Of every pyramid but those of `OWN_ANCHORS`."""
 
 
 def build_torchvision(
@@ -67,12 +78,14 @@ def build_torchvision(
         report = load_weights(network, read_weights(weights), weights)
     frozen = _loaded_part(network, report)
     architecture = {"library": "torchvision", "name": name, "fpn_channels": fpn_channels, "config": config}
-    return _adapter(network, architecture | {"frozen": frozen, "eps": eps}, pad), report
+    return _adapter(network, architecture | {"frozen": frozen, "eps": eps, "anchors": True}, pad), report
 
 
 def rebuild_torchvision(architecture: dict[str, Any], num_classes: int, pad: tuple[float, ...]) -> Detector:
     """The module that `build_torchvision` gave, without its weights."""
     name, channels, config = (architecture[k] for k in ("name", "fpn_channels", "config"))
+    if "anchors" not in architecture and name.startswith("fasterrcnn"):
+        config = {key: value for key, value in config.items() if key not in EXTRA}
     return _adapter(library_network(name, channels, config, num_classes), architecture, pad)
 
 
@@ -91,7 +104,11 @@ def library_network(name: str, fpn_channels: int, config: dict[str, Any], num_cl
     if name in BUILDERS and fpn_channels == 256:
         family = name.split("_", 1)[0]
         builder = cast(Callable[..., nn.Module], models.get_model_builder(name))
-        arguments = _arguments(family, config)
+        if name in OWN_ANCHORS and any(map(config.get, EXTRA)):
+            raise UserError(
+                f"model.config: torchvision/{name} has anchors of its own, it takes no {' or '.join(EXTRA)}"
+            )
+        arguments = _arguments(name, config)
         return _call(
             lambda: builder(
                 weights=None, weights_backbone=None, num_classes=num_classes + (family == "fasterrcnn"), **arguments
@@ -107,21 +124,14 @@ def library_network(name: str, fpn_channels: int, config: dict[str, Any], num_cl
     else:
         extra = LastLevelP6P7(fpn_channels, fpn_channels)
         pyramid = Pyramid(build_trunk(backbone, (8, 16, 32)), fpn_channels, extra)
-    return _call(lambda: FAMILIES[family](pyramid, num_classes, **_arguments(family, config)), name)
+    return _call(lambda: FAMILIES[family](pyramid, num_classes, **_arguments(name, config)), name)
 
 
 def _call(build: Callable[[], nn.Module], name: str) -> nn.Module:
     try:
-        network = build()
+        return build()
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"model.config does not fit torchvision/{name}: {error}") from error
-    generator = next(m for m in network.modules() if isinstance(m, AnchorGenerator))
-    levels = 3 if name.startswith("fasterrcnn_mobilenet_v3") and name in BUILDERS else 5
-    if len(generator.sizes) != levels:
-        raise UserError(
-            f"model.config: anchor_sizes for {len(generator.sizes)} levels, torchvision/{name} has {levels}"
-        )
-    return network
 
 
 def _parse(name: str) -> tuple[str, str]:
@@ -137,37 +147,49 @@ def _parse(name: str) -> tuple[str, str]:
     )
 
 
-def _arguments(family: str, config: dict[str, Any]) -> dict[str, Any]:
+def _arguments(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of torchvision's class: short names, JSON lists and anchors translated."""
+    family = name.split("_", 1)[0]
     prefix = "box_" if family == "fasterrcnn" else ""
     accepted = set(inspect.signature(FAMILIES[family].__init__).parameters) - {*HIDDEN, *MODULES}
     arguments: dict[str, Any] = {}
     for key, value in (DEFAULTS | config).items():
+        if key in EXTRA:
+            continue
         long = key if key in accepted else prefix + key
-        if long not in accepted and key not in EXTRA:
+        if long not in accepted:
             known = sorted([*accepted, *EXTRA])
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)
             raise UserError(f"model.config: torchvision's {family} has no argument '{key}'; nearest: {near[0]}")
         arguments[long] = value
-    sizes, ratios = arguments.pop("anchor_sizes", None), arguments.pop("aspect_ratios", None)
+    sizes, ratios = map(config.get, EXTRA)
     if sizes or ratios:
         generator = "rpn_anchor_generator" if family == "fasterrcnn" else "anchor_generator"
-        arguments[generator] = _anchors(family, sizes, ratios)
+        arguments[generator] = _anchors(name, sizes, ratios or ([1.0] if family == "fcos" else [0.5, 1.0, 2.0]))
     return arguments
 
 
-def _anchors(family: str, sizes: Any, ratios: Any) -> AnchorGenerator:
+def _anchors(name: str, sizes: Any, ratios: Any) -> AnchorGenerator:
     """Anchors of every level: `sizes` and `aspect_ratios` are a list per level, or one ratio list for all."""
     if not sizes:
         raise UserError("model.config: aspect_ratios need anchor_sizes, a list for every pyramid level")
-    per_level = tuple(tuple(s) if isinstance(s, list | tuple) else (s,) for s in sizes)
-    ratios = ratios or ([1.0] if family == "fcos" else [0.5, 1.0, 2.0])
-    if not isinstance(ratios[0], list | tuple):
-        ratios = [ratios] * len(per_level)
-    generator = AnchorGenerator(per_level, tuple(tuple(r) for r in ratios))
-    if len({len(s) * len(r) for s, r in zip(per_level, ratios, strict=False)}) != 1 or len(per_level) != len(ratios):
+    sizes_L, ratios_L = _rows("anchor_sizes", sizes), _rows("aspect_ratios", ratios)
+    if not any(isinstance(ratio, list | tuple) for ratio in ratios):
+        ratios_L = (tuple(ratios),) * len(sizes_L)
+    if len({len(s) * len(r) for s, r in zip(sizes_L, ratios_L, strict=False)}) != 1 or len(sizes_L) != len(ratios_L):
         raise UserError("model.config: anchor_sizes and aspect_ratios must give every level equally many anchors")
-    return generator
+    if len(sizes_L) != LEVELS:
+        raise UserError(f"model.config: anchor_sizes for {len(sizes_L)} levels, torchvision/{name} has {LEVELS}")
+    return AnchorGenerator(sizes_L, ratios_L)
+
+
+def _rows(key: str, value: Any) -> tuple[tuple[float, ...], ...]:
+    """The numbers of every entry of a list; a number is a list of one."""
+    rows = [row if isinstance(row, list | tuple) else [row] for row in value] if isinstance(value, list | tuple) else []
+    numbers = [number for row in rows for number in row]
+    if not rows or not all(rows) or not all(type(n) in (int, float) and 0 < n < math.inf for n in numbers):
+        raise UserError(f"model.config: {key} {value!r}: expected a list of positive numbers or of lists of them")
+    return tuple(map(tuple, rows))
 
 
 def _published(name: str, fpn_channels: int) -> WeightsEnum:

@@ -25,7 +25,7 @@ class Parameter:
 
     @classmethod
     def of(cls, name: str, trials: Sequence[SweepTrial], *, log: bool) -> Parameter:
-        values = [trial.params[name] for trial in trials]
+        values = [trial.params[name] for trial in trials if name in trial.params]
         if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             return cls(name, log)
         return cls(name, False, tuple(sorted({*map(str, values)})))
@@ -43,6 +43,12 @@ class Parameter:
         if not self.choices:
             return axis
         return Axis(axis.low, axis.high, start, end, ticks=[float(i) for i in range(len(self.choices))])
+
+
+def evaluated(parameters: Sequence[Parameter], trials: Sequence[SweepTrial]) -> list[SweepTrial]:
+    """Those with a val/AP that have all of these parameters: a sweep may have gone on in another space."""
+    names = {parameter.name for parameter in parameters}
+    return [trial for trial in trials if trial.best_ap is not None and names <= trial.params.keys()]
 
 
 def spanned(values: Sequence[float], start: float, end: float, *, log: bool = False) -> Axis:
@@ -82,7 +88,7 @@ def curves(trials: Sequence[SweepTrial], best: SweepTrial | None) -> str:
 
 def plane(x_of: Parameter, y_of: Parameter, trials: Sequence[SweepTrial], best: SweepTrial | None) -> str:
     """Two parameters, each trial a disc with its number, coloured by its best val/AP."""
-    drawn = [trial for trial in trials if trial.best_ap is not None]
+    drawn = evaluated((x_of, y_of), trials)
     title = f"{x_of.name} × {y_of.name}"
     if not drawn:
         return _figure(title, "")
@@ -99,7 +105,7 @@ def plane(x_of: Parameter, y_of: Parameter, trials: Sequence[SweepTrial], best: 
 
 def parallel(parameters: Sequence[Parameter], trials: Sequence[SweepTrial], best: SweepTrial | None) -> str:
     """Parallel coordinates: an axis for each parameter and one for val/AP, a line for each trial."""
-    drawn = [trial for trial in trials if trial.best_ap is not None]
+    drawn = evaluated(parameters, trials)
     if not drawn:
         return _figure("All parameters", "")
     bottom, top = FLOOR + 14, TOP + 18

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from ray_det.report.markup import document
 from ray_det.report.progress import duration
-from ray_det.report.sweep_charts import Parameter, curves, parallel, plane
+from ray_det.report.sweep_charts import Parameter, curves, evaluated, parallel, plane
 from ray_det.report.sweep_trial import SweepTrial
 
 FEWEST = 6
@@ -54,7 +54,7 @@ def importance(parameter: Parameter, trials: Sequence[SweepTrial]) -> float | No
     of the means of its choices where it has such. Trials are compared after as many epochs as all of them have had.
     None: too few trials, or all have the same value.
     """
-    known = [trial for trial in trials if trial.curve and trial.state in ("finished", "stopped")]
+    known = [trial for trial in evaluated([parameter], trials) if trial.state in ("finished", "stopped")]
     places = np.array([parameter.at(trial) for trial in known])
     values = len(np.unique(places))
     if len(known) < FEWEST or values < 2:
@@ -134,7 +134,7 @@ def _titled(title: str, head: str, rows: Sequence[str]) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _share(value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +24,7 @@ from ray_det.report.sweep_trial import SweepTrial
 from ray_det.storage import Folder
 from ray_det.tune.arms import REFERENCE, Arm, parse_arms, points_of
 from ray_det.tune.config import CompareJobConfig
-from ray_det.tune.proposals import Listed
+from ray_det.tune.proposals import fresh_points
 from ray_det.tune.trials import Trials, run_trials
 from ray_det.types import TrainingError
 
@@ -42,11 +43,6 @@ def compare(config: CompareJobConfig, *, say: Callable[[str], None] = print) -> 
     arms = parse_arms(base, options.arms)
     points = points_of(arms, range(base.seed, base.seed + options.seeds))
 
-    def fresh(known: list[SweepTrial]) -> tuple[list[int], Listed]:
-        left = [point for point in points if point not in [trial.params for trial in known]]
-        first = max((trial.number for trial in known), default=-1) + 1
-        return [*range(first, first + len(left))], Listed(dict(enumerate(left, first)))
-
     trials = Trials(
         kind="comparison",
         base=base,
@@ -54,7 +50,7 @@ def compare(config: CompareJobConfig, *, say: Callable[[str], None] = print) -> 
         concurrent=options.concurrent,
         facts=config.model_dump(mode="json"),
         may_change=("compare.",),
-        fresh=fresh,
+        fresh=partial(fresh_points, points),
         rule=FIFOScheduler,
     )
     for arm in arms:

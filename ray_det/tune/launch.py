@@ -11,7 +11,7 @@ from ray_det.report.sweep_page import sweep_page
 from ray_det.report.sweep_trial import SweepTrial, winner
 from ray_det.storage import Folder
 from ray_det.tune.config import DEFAULT_TRIALS, TuneJobConfig
-from ray_det.tune.proposals import Proposer, build_proposer, grid_size
+from ray_det.tune.proposals import fresh_trials, grid_size
 from ray_det.tune.records import ranked, trials_csv, trials_table
 from ray_det.tune.search import rule_of
 from ray_det.tune.space import Domain, default_space, parse_domain, require_values, with_params
@@ -33,10 +33,6 @@ def sweep(config: TuneJobConfig, *, say: Callable[[str], None] = print) -> None:
     count = _number_of_trials(config, space)
     facts = config.model_dump(mode="json", exclude={"space"})
 
-    def fresh(known: list[SweepTrial]) -> tuple[list[int], Proposer]:
-        numbers = sorted({*range(count)} - {trial.number for trial in known})
-        return numbers, build_proposer(config.tune.search, space, base.seed, len(known))
-
     trials = Trials(
         kind="sweep",
         base=base,
@@ -44,7 +40,7 @@ def sweep(config: TuneJobConfig, *, say: Callable[[str], None] = print) -> None:
         concurrent=config.tune.concurrent,
         facts=facts | {"space": {name: str(domain) for name, domain in space.items()}},
         may_change=("tune.trials", "tune.concurrent"),
-        fresh=fresh,
+        fresh=partial(fresh_trials, config.tune.search, space, base.seed, count),
         rule=partial(rule_of, config.tune, base.train.epochs),
     )
     say(f"space: {'; '.join(f'{name} {domain}' for name, domain in space.items())}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 
-from ray_det.tune.space import Domain, Params
+from ray_det.report.sweep_trial import SweepTrial
+from ray_det.tune.space import Domain, Params, holds
 from ray_det.types import UserError
 
 Space = Mapping[str, Domain]
@@ -76,6 +77,8 @@ class Tpe:
         return {name: self._value(name, params[name]) for name in self._space}
 
     def tell(self, number: int, params: Params, value: float) -> None:
+        if not holds(self._space, params):  # of a sweep that goes on in another space
+            return
         point = {name: self._place(name, params[name]) for name in self._space}
         trial = self._optuna.trial.create_trial(params=point, distributions=self._distributions, value=value)
         self._study.add_trial(trial)
@@ -113,7 +116,19 @@ def grid_size(space: Space) -> int:
     return prod(len(domain.values) for domain in space.values())
 
 
-def build_proposer(search: str, space: Space, seed: int, known: int) -> Proposer:
+def fresh_points(points: Sequence[Params], known: Sequence[SweepTrial]) -> tuple[list[int], Listed]:
+    """The points that no known trial has, numbered on after the known ones."""
+    had = [trial.params for trial in known]
+    left = [point for point in points if point not in had]
+    first = max((trial.number for trial in known), default=-1) + 1
+    return [*range(first, first + len(left))], Listed(dict(enumerate(left, first)))
+
+
+def fresh_trials(
+    search: str, space: Space, seed: int, count: int, known: Sequence[SweepTrial]
+) -> tuple[list[int], Proposer]:
+    """Numbers of the trials that a sweep of `count` lacks, and what proposes their values."""
     if search == "grid":
-        return Listed(dict(enumerate(grid(space))))
-    return Tpe(space, seed, known) if search == "optuna" else Random(space, seed)
+        return fresh_points(grid(space)[:count], known)
+    numbers = sorted({*range(count)} - {trial.number for trial in known})
+    return numbers, Tpe(space, seed, len(known)) if search == "optuna" else Random(space, seed)

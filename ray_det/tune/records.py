@@ -58,7 +58,7 @@ def _curve(run: Folder) -> tuple[tuple[int, float], ...]:
 
 def trials_csv(trials: Sequence[SweepTrial]) -> str:
     """One row per trial, best first."""
-    rows = [row(trial) for trial in ranked(trials)]
+    rows = _rows(trials)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["trial"], lineterminator="\n")
     writer.writeheader()
@@ -68,7 +68,7 @@ def trials_csv(trials: Sequence[SweepTrial]) -> str:
 
 def trials_table(trials: Sequence[SweepTrial]) -> str:
     """The same for a terminal."""
-    rows = [{name: _cell(value) for name, value in row(trial).items()} for trial in ranked(trials)]
+    rows = [{name: _cell(value) for name, value in row.items()} for row in _rows(trials)]
     if not rows:
         return "no trials"
     widths = {name: max(len(name), *(len(line[name]) for line in rows)) for name in rows[0]}
@@ -81,11 +81,17 @@ def ranked(trials: Sequence[SweepTrial]) -> list[SweepTrial]:
     return sorted(trials, key=lambda trial: -1.0 if trial.best_ap is None else trial.best_ap, reverse=True)
 
 
-def row(trial: SweepTrial) -> dict[str, Any]:
+def _rows(trials: Sequence[SweepTrial]) -> list[dict[str, Any]]:
+    """Best first. A field is None for a trial of a space that had it not."""
+    fields = {name: None for trial in sorted(trials, key=lambda trial: trial.number) for name in trial.params}
+    return [_row(trial, fields | trial.params) for trial in ranked(trials)]
+
+
+def _row(trial: SweepTrial, params: dict[str, Any]) -> dict[str, Any]:
     return {
         "trial": trial.name,
         "state": trial.state,
-        **trial.params,
+        **params,
         "epochs": trial.epochs,
         "val/AP": trial.best_ap,
         "test/AP": trial.test_ap,

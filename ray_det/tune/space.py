@@ -46,6 +46,12 @@ class Domain:
             return self.tidy(float(np.exp(rng.uniform(np.log(low), np.log(high)))))
         return self.tidy(float(rng.uniform(low, high)))
 
+    def holds(self, value: Any) -> bool:
+        if self.kind == "choice":
+            return value in self.values
+        number = isinstance(value, int if self.kind == "randint" else (int, float)) and not isinstance(value, bool)
+        return number and self.values[0] <= value <= self.values[1]
+
     def tidy(self, value: Any) -> Any:
         """A float with few digits, inside the bounds."""
         if self.kind not in ("loguniform", "uniform"):
@@ -87,6 +93,11 @@ def default_space(config: TrainJobConfig, *, grid: bool) -> dict[str, Domain]:
         "optim.lr": Domain("loguniform", (lr / 10, lr * 10)),
         "optim.weight_decay": Domain("loguniform", (decay / 100, decay * 100)),
     }
+
+
+def holds(space: Mapping[str, Domain], params: Params) -> bool:
+    """Whether it is a point of this space."""
+    return params.keys() == space.keys() and all(domain.holds(params[name]) for name, domain in space.items())
 
 
 def with_params(config: TrainJobConfig, params: Mapping[str, Any]) -> TrainJobConfig:

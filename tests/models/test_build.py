@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,13 +11,17 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision import models
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from ray_det.config import ModelConfig
 from ray_det.models.build import build_detector
 from ray_det.models.torchvision_backbones import build_trunk
-from ray_det.models.torchvision_build import BUILDERS
+from ray_det.models.torchvision_build import BUILDERS, OWN_ANCHORS
 from ray_det.types import ClassList, UserError
 from tests.models.zoo import CLASSES, CPU, DETR, FAMILIES, HGNET, RT_DETR, batch, gradients
+
+SIZES = [8, 16, 32, 64, 128]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +80,61 @@ def test_arguments_reach_torchvisions_detector():
     assert network("fcos", score_thresh=0.3).score_thresh == 0.3
     assert network("fasterrcnn", detections_per_img=7).roi_heads.detections_per_img == 7
     assert network("fcos", anchor_sizes=[4, 8, 16, 32, 64]).anchor_generator.sizes[0] == (4,)
+
+
+def anchors_of(detector: Any) -> Any:
+    return next(module for module in detector.modules() if isinstance(module, AnchorGenerator))
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fasterrcnn"])
+def test_anchors_are_those_asked_for(family):
+    config = {"anchor_sizes": SIZES, "aspect_ratios": [1.0, 2.0]}
+    detector: Any = build_detector(FAMILIES[family].model_copy(update={"config": config}), CLASSES)[0]
+    anchors = anchors_of(detector)
+    assert anchors.sizes == ((8,), (16,), (32,), (64,), (128,)) and anchors.aspect_ratios == ((1.0, 2.0),) * 5
+    head = detector.net.head.regression_head.bbox_reg if family == "retinanet" else detector.net.rpn.head.bbox_pred
+    assert head.out_channels == 2 * 4
+    again = build_detector(FAMILIES["fcos"], CLASSES, architecture=json.loads(json.dumps(detector.architecture)))[0]
+    assert anchors_of(again).sizes == anchors.sizes and anchors_of(again).aspect_ratios == anchors.aspect_ratios
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [8, 16], 8])
+def test_faster_rcnn_of_an_older_checkpoint_keeps_the_default_anchors_it_was_trained_with(sizes):
+    """Its `anchors` mark is absent: what the configuration said of them, right or wrong, had no effect."""
+    detector: Any = build_detector(FAMILIES["fasterrcnn"].model_copy(update={"config": {}}), CLASSES)[0]
+    older = {key: value for key, value in detector.architecture.items() if key != "anchors"}
+    older["config"] = {"anchor_sizes": sizes, "aspect_ratios": [1.0, 2.0], "detections_per_img": 7}
+    again: Any = build_detector(FAMILIES["fcos"], CLASSES, architecture=older)[0]
+    assert anchors_of(again).sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert again.net.roi_heads.detections_per_img == 7 and again.architecture == older
+    again.load_state_dict(detector.state_dict())
+
+
+def test_mobilenets_own_faster_rcnn_takes_other_channels():
+    config = ModelConfig(name="torchvision/fasterrcnn_mobilenet_v3_large_fpn", weights="none", fpn_channels=32)
+    detector: Any = build_detector(config, CLASSES)[0]
+    assert detector.net.rpn.head.bbox_pred.in_channels == 32 and len(anchors_of(detector).sizes) == 5
+    config = config.model_copy(update={"config": {"anchor_sizes": SIZES}})
+    assert anchors_of(build_detector(config, CLASSES)[0]).sizes[0] == (8,)
+
+
+@pytest.mark.parametrize("option", [{"anchor_sizes": SIZES}, {"aspect_ratios": [1.0]}])
+@pytest.mark.parametrize("name", OWN_ANCHORS)
+def test_builders_that_make_their_own_anchors_take_none(name, option):
+    with pytest.raises(UserError, match=f"torchvision/{name} has anchors of its own, it takes no anchor_sizes or"):
+        build_detector(ModelConfig(name=f"torchvision/{name}", weights="none", config=option), CLASSES)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_which_builders_take_anchors_is_what_torchvision_says(name):
+    key = "rpn_anchor_generator" if name.startswith("fasterrcnn") else "anchor_generator"
+    generator = AnchorGenerator(tuple((size,) for size in SIZES), ((1.0,),) * len(SIZES))
+    options: dict[str, Any] = {"weights": None, "weights_backbone": None, key: generator}
+    if name in OWN_ANCHORS:
+        with pytest.raises(TypeError, match=f"multiple values for keyword argument '{key}'"):
+            models.get_model(name, **options)
+    else:
+        assert anchors_of(models.get_model(name, **options)) is generator
 
 
 @pytest.mark.parametrize("kind", ["rt_detr", "deformable_detr", "conditional_detr", "deimv2", "table-transformer"])
@@ -153,6 +213,14 @@ def test_a_canvas_with_too_few_cells_for_the_queries_is_enlarged():
         ("torchvision/fcos_resnet18_fpn", {"score_tresh": 0.1}, "no argument 'score_tresh'; nearest: score_thresh"),
         ("torchvision/fcos_resnet18_fpn", {"anchor_sizes": [8, 16]}, "for 2 levels, .* has 5"),
         ("torchvision/retinanet_resnet18_fpn", {"anchor_sizes": [[8, 9], 1, 2, 3, 4]}, "equally many anchors"),
+        ("torchvision/fasterrcnn_resnet18_fpn", {"anchor_sizes": [8, 16]}, "for 2 levels, .* has 5"),
+        ("torchvision/fasterrcnn_resnet18_fpn", {"anchor_sizes": [[8, 9], 1, 2, 3, 4]}, "equally many anchors"),
+        ("torchvision/fasterrcnn_resnet18_fpn", {"aspect_ratios": [1.0]}, "aspect_ratios need anchor_sizes"),
+        ("torchvision/fasterrcnn_resnet18_fpn", {"box_anchor_sizes": SIZES}, "no argument 'box_anchor_sizes'"),
+        ("torchvision/retinanet_resnet50_fpn", {"anchor_sizes": SIZES, "aspect_ratios": 1.0}, "aspect_ratios 1.0: exp"),
+        ("torchvision/retinanet_resnet50_fpn", {"anchor_sizes": 8}, "anchor_sizes 8: expected a list of positive num"),
+        ("torchvision/retinanet_resnet50_fpn", {"anchor_sizes": ["8", 1, 2, 3, 4]}, "expected a list of positive num"),
+        ("torchvision/retinanet_resnet50_fpn", {"anchor_sizes": [0, 1, 2, 3, 4]}, "expected a list of positive num"),
         ("transformers/d_fin", {}, "no such folder or model type; did you mean d_fine"),
         ("transformers//no/such/folder", {}, "no such folder"),
         ("transformers/d_fine", {"num_querys": 3}, "no field 'num_querys'; nearest: num_queries"),

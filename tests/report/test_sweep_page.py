@@ -65,6 +65,17 @@ def test_no_trial_one_trial_and_failed_ones():
     assert EVIL in " ".join(Reader(page).text) and EVIL not in page
 
 
+def test_trials_of_another_space_are_in_the_charts_of_the_fields_they_have():
+    others = [SweepTrial(20, {"optim.lr": 1e-4, "seed": 2}, "finished", ((1, 0.3),)), SweepTrial(21, {}, "failed")]
+    page = page_of([*TRIALS, *others])
+    assert page.count('class="disc"') == 3 * len(TRIALS)  # of each pair of fields
+    assert page.count("<polyline") == len(TRIALS) + 1 + len(TRIALS)
+    assert "<td>trial_020</td><td>0.0001</td><td>–</td><td>–</td>" in page
+    share = importance(Parameter.of("data.padding", [*TRIALS, *others], log=False), [*TRIALS, *others])
+    assert share == importance(Parameter.of("data.padding", TRIALS, log=False), TRIALS)
+    assert page_of(others).count("nothing recorded") == 4
+
+
 def test_a_log_axis_has_decades_of_one_length():
     axis = spanned([1e-5, 1e-3], 0, 100, log=True)
     assert axis.pixel(1e-4) - axis.pixel(1e-5) == pytest.approx(axis.pixel(1e-3) - axis.pixel(1e-4))

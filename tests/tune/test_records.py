@@ -77,3 +77,16 @@ def test_the_table_has_the_best_first(tmp_path):
     }
     assert "TrainingError: not finite" in trials_table(trials).splitlines()[-1]
     assert trials_table([]) == "no trials"
+
+
+def test_the_table_of_trials_of_two_spaces_has_the_fields_of_both():
+    params = ({"optim.lr": 1e-3}, {"optim.lr": 1e-4, "seed": 3}, {"seed": 4})
+    trials = [SweepTrial(i, one, "finished", ((1, 0.1 * i),)) for i, one in enumerate(params)]
+    rows = list(csv.DictReader(trials_csv(trials).splitlines()))
+    assert list(rows[0]) == ["trial", "state", "optim.lr", "seed", "epochs", "val/AP", "test/AP", "seconds", "error"]
+    assert [(row["optim.lr"], row["seed"]) for row in rows] == [("", "4"), ("0.0001", "3"), ("0.001", "")]
+    assert [line.split()[2:4] for line in trials_table(trials).splitlines()[1:]] == [
+        ["-", "4"],
+        ["0.0001", "3"],
+        ["0.001", "-"],
+    ]

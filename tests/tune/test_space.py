@@ -11,7 +11,7 @@ from ray_det.report.sweep_trial import SweepTrial
 from ray_det.storage import Folder
 from ray_det.tune.config import TuneJobConfig
 from ray_det.tune.launch import best_config, space_of
-from ray_det.tune.proposals import Random, Tpe, build_proposer, grid, grid_size
+from ray_det.tune.proposals import Random, Tpe, fresh_trials, grid, grid_size
 from ray_det.tune.space import Domain, default_space, parse_domain, with_params
 from ray_det.tune.trial import require_effective, trial_config
 from ray_det.types import TrainingError, UserError
@@ -112,8 +112,43 @@ def test_optuna_learns_from_the_trials_before_and_does_not_repeat_them():
         told.tell(number, point, -abs(np.log10(point["optim.lr"]) + 4))  # best at 1e-4
     late = [told.propose(40 + number)["optim.lr"] for number in range(20)]
     assert np.mean(np.abs(np.log10(late) + 4)) < 0.5  # of draws: 0.83
-    fresh = [build_proposer("optuna", SPACE, 0, known).propose(0) for known in (0, 3)]
-    assert fresh[0] != fresh[1]
+    known = [SweepTrial(number, {}, "finished") for number in range(3)]
+    (one, first), (other, then) = (fresh_trials("optuna", SPACE, 0, 5, had) for had in ([], known))
+    assert (one, other) == ([0, 1, 2, 3, 4], [3, 4])
+    assert first.propose(3) != then.propose(3)
+
+
+def test_optuna_passes_over_the_trials_of_another_space():
+    outside = [
+        {"optim.lr": 1e-3, "data.padding": "black"},  # no choice
+        {"optim.lr": 1.0, "data.padding": "mean"},  # beyond the bounds
+        {"optim.lr": 1e-3},  # a field less
+        {"optim.lr": 1e-3, "data.padding": "mean", "seed": 1},  # a field more
+    ]
+    space = {name: SPACE[name] for name in ("optim.lr", "data.padding")}
+    told, untold = Tpe(space, 0, 4), Tpe(space, 0, 4)
+    for number, params in enumerate(outside):
+        told.tell(number, params, 0.5)
+    assert told.propose(4) == untold.propose(4)
+    told.tell(4, {"optim.lr": 1e-3, "data.padding": "mean"}, 0.5)
+    assert [trial.value for trial in told._study.get_trials() if trial.value is not None] == [0.5]
+
+
+def test_a_grid_that_has_grown_runs_what_is_new_and_numbers_it_on():
+    padding = Domain("choice", ("mean", "zero"))
+    before = {"seed": Domain("choice", (1, 2)), "data.padding": padding}
+    known = [SweepTrial(number, point, "finished") for number, point in enumerate(grid(before))]
+    assert fresh_trials("grid", before, 0, 4, known)[0] == []
+    assert fresh_trials("grid", before, 0, 4, known[1:3])[0] == [3, 4]
+    space = {"seed": Domain("choice", (3, 1)), "data.padding": padding}
+    numbers, proposer = fresh_trials("grid", space, 0, 4, known)
+    assert numbers == [4, 5]
+    assert [proposer.propose(number) for number in numbers] == [
+        {"seed": 3, "data.padding": "mean"},
+        {"seed": 3, "data.padding": "zero"},
+    ]
+    numbers, proposer = fresh_trials("grid", {"data.padding": padding}, 0, 2, known)  # a field less
+    assert numbers == [4, 5] and proposer.propose(5) == {"data.padding": "zero"}
 
 
 def test_a_trial_is_a_run_of_its_own_with_its_values():
