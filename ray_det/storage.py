@@ -13,6 +13,7 @@ from pyarrow import fs
 
 from ray_det.retry import PATIENCE_S, patiently, reason
 from ray_det.types import TrainingError, UserError
+from ray_det.uris import plain, resolve
 
 T = TypeVar("T")
 
@@ -35,15 +36,20 @@ class Folder:
 
     @classmethod
     def at(cls, location: str, patience_s: float = PATIENCE_S) -> Folder:
-        """From what a user types: a URI stays, a local path becomes absolute."""
-        uri = location.rstrip("/") if "://" in location else str(Path(location).expanduser().resolve())
-        return cls(uri, patience_s)
+        """From what a user types: a URI stays, a local path or `file://` becomes an absolute path.
+
+        Raises:
+            UserError: a URI with a query or fragment.
+        """
+        if "://" not in (path := plain(location)):
+            return cls(str(Path(path).expanduser().resolve()), patience_s)
+        if "?" in path or "#" in path:
+            raise UserError(f"storage {location}: ? and # are not understood in a URI, only scheme://host/path is")
+        return cls(path.rstrip("/"), patience_s)
 
     @property
     def local(self) -> Path | None:
         """Its path, or None where it is remote."""
-        if self.uri.startswith("file://"):
-            return Path(self.uri.removeprefix("file://"))
         return None if "://" in self.uri else Path(self.uri)
 
     def __truediv__(self, name: str) -> Folder:
@@ -139,10 +145,7 @@ class Folder:
 
     def _do(self, verb: str, name: str, act: Callable[[fs.FileSystem, str], T]) -> T:
         uri = f"{self.uri}/{name}" if name else self.uri
-        try:
-            system, path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot open storage {uri}: {reason(error)}") from error
+        system, path = (fs.LocalFileSystem(), uri) if self.local else resolve(uri)
         try:
             return patiently(lambda: act(system, path), patience_s=self.patience_s)
         except FileNotFoundError:

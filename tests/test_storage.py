@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import re
 import threading
 from pathlib import Path
 
 import pytest
 
-from ray_det.data import files
+from ray_det.data import files, paths
 from ray_det.retry import patiently
 from ray_det.storage import Folder, StorageError
+from ray_det.types import UserError
 from tests.s3 import S3Server, s3_server
 
 
@@ -39,6 +41,40 @@ def test_texts_files_and_folders_come_back_as_they_were(folder, tmp_path):
     assert not folder.exists("copy/x")
     with pytest.raises(FileNotFoundError):
         folder.read_text("nothing")
+
+
+def test_a_remote_path_is_taken_as_it_is_written(s3, tmp_path):
+    root = Folder.at(f"s3://bucket/{tmp_path.name}")
+    (tmp_path / "x").write_text("1")
+    for name in ("my%20runs", "my runs", "é", "a"):
+        folder = Folder.at(f"{root.uri}/{name}")
+        folder.upload(tmp_path / "x", "x")
+        assert files.read_text(f"{folder.uri}/x") == folder.read_text("x") == "1"
+    with files.writing(f"{root.uri}/a#1?/b/x") as path:
+        path.write_text("2")
+    assert root.names() == ["a", "a#1?", "my runs", "my%20runs", "é"]
+    (root / "a#1?").delete()
+    (root / "my%20runs").delete()
+    left = [name for name in ("a#1?/b/x", "my%20runs/x", "a/x", "my runs/x") if root.exists(name)]
+    assert left == ["a/x", "my runs/x"]
+
+
+def test_a_file_uri_is_unquoted_whoever_reads_it(tmp_path):
+    local = tmp_path / "my runs" / "50%#1?é"
+    folder = Folder.at(local.as_uri())
+    folder.write_text("x", "1")
+    folder.upload(local / "x", "y")
+    with files.writing(f"{local.as_uri()}/z") as path:
+        path.write_text("1")
+    assert folder.local == local and folder.uri == str(local) and folder.names() == ["x", "y", "z"]
+    assert files.read_text(f"{local.as_uri()}/x") == files.read_text(f"{paths.absolute(local.as_uri())}/x") == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["my runs"]
+
+
+@pytest.mark.parametrize("location", ["s3://bucket/exp#1/runs", "s3://bucket/runs?region=eu-west-1", "s3://bucket#1"])
+def test_a_query_or_fragment_is_refused_before_anything_is_touched(location):
+    with pytest.raises(UserError, match=f"^storage {re.escape(location)}: [?] and # are not understood"):
+        Folder.at(location)
 
 
 def test_replacing_leaves_nothing_of_the_one_before(folder, tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
+from ray_det import uris
 from ray_det.data.paths import has_scheme, join, parent
 from ray_det.retry import PATIENCE_S, patiently
 from ray_det.storage import Folder, StorageError
@@ -41,24 +42,12 @@ class Stat(NamedTuple):
     mtime_ns: int
 
 
-@lru_cache
-def _filesystem(scheme: str, host: str) -> tuple[fs.FileSystem, str]:
-    return fs.FileSystem.from_uri(f"{scheme}://{host}/")
+_filesystem = lru_cache(uris.open_root)
 
 
-def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a URI and the path on it.
-
-    Raises:
-        UserError: pyarrow knows no such file system, or cannot reach it.
-    """
-    scheme, rest = uri.split("://", 1)
-    host, _, path = rest.partition("/")
-    try:
-        filesystem, base = _filesystem(scheme, host)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot open {uri}: {_one_line(error)}") from error
-    return filesystem, f"{base.rstrip('/')}/{path}".rstrip("/")
+def resolve(uri: str) -> uris.Opened:
+    """As `uris.resolve`; a file system stays open in this process."""
+    return uris.resolve(uri, _filesystem)
 
 
 def open_binary(path: str) -> Any:
@@ -224,6 +213,7 @@ def writing(path: str, patience_s: float = PATIENCE_S) -> Iterator[Path]:
     Args:
         patience_s: seconds for which a remote storage may be out of reach.
     """
+    path = uris.plain(path)
     if not has_scheme(path):
         with replacing(Path(path)) as temporary:
             yield temporary
@@ -231,7 +221,7 @@ def writing(path: str, patience_s: float = PATIENCE_S) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="ray_det_") as scratch:
         temporary = Path(scratch) / path.rsplit("/", 1)[1]
         yield temporary
-        Folder.at(parent(path), patience_s).upload(temporary, temporary.name)
+        Folder(parent(path), patience_s).upload(temporary, temporary.name)
 
 
 @contextmanager

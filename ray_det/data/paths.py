@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 
 from ray_det.types import UserError
+from ray_det.uris import plain
 
 IMAGE_SUFFIXES = tuple(
     f".{kind}" for kind in "jpg jpeg jfif png bmp gif tif tiff webp avif mpo jp2 j2k pbm pgm pnm ppm".split()
@@ -20,7 +21,7 @@ def has_scheme(path: str) -> bool:
 
 def absolute(path: str) -> str:
     """A URI as it is (without a final slash), `file://` and plain paths as an absolute local path."""
-    path = path.removeprefix("file://")
+    path = plain(path)
     return path.rstrip("/") if has_scheme(path) else os.path.abspath(os.path.expanduser(path))
 
 

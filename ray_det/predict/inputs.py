@@ -23,6 +23,7 @@ from ray_det.data.coco import parse
 from ray_det.data.digest import digest
 from ray_det.data.manifest import PLACE, Place
 from ray_det.types import UserError
+from ray_det.uris import plain
 
 SHARD = "shard_number"
 """Column that every shard has, the same in all of its rows."""
@@ -185,7 +186,7 @@ def _no_name(max_bytes: int, patience_s: float) -> bytes:
 
 def _read_file(root: str, name: str, max_bytes: int, patience_s: float) -> bytes:
     if paths.has_scheme(name) or name.startswith("/"):
-        return files.read_bytes(name.removeprefix("file://"), max_bytes, patience_s)
+        return files.read_bytes(plain(name), max_bytes, patience_s)
     if why := paths.leaves_root(name):
         raise UserError(f"refused: {why}; it must name a file under {root}")
     path = paths.join(root, name)

@@ -147,7 +147,8 @@ def test_a_manifest_gives_its_own_ids_and_bytes(small_coco, tmp_path, packed):
 @pytest.mark.parametrize("column", ["uri", "path", "file_name"])
 def test_a_column_of_paths_relative_absolute_or_null(photos, tmp_path, column):
     (tmp_path / "a.jpg").write_bytes(b"beside")
-    listed = ["a.jpg", str(photos / "cut.jpg"), f"file://{photos}/cut.jpg", None, "../a.jpg", "gone.jpg"]
+    (tmp_path / "a é%20#.jpg").write_bytes((photos / "cut.jpg").read_bytes())
+    listed = ["a.jpg", str(photos / "cut.jpg"), (tmp_path / "a é%20#.jpg").as_uri(), None, "../a.jpg", "gone.jpg"]
     table = pa.table({column: listed, "image_id": pa.array([5, 3, 4, 1, 2, 9], pa.int32())})
     pq.write_table(table, tmp_path / "list.parquet")
     found = images(read(tmp_path / "list.parquet"))
