@@ -43,7 +43,7 @@ def hold(storage: Folder, name: str, say: Callable[[str], None]) -> Iterator[Non
             number += 1
             try:
                 folder.write_text(file, dumps(me | {"beat": number}))
-            except StorageError:
+            except (OSError, StorageError):
                 pass  # the next one may reach the storage
             if ended.wait(BEAT_S):
                 return
@@ -55,7 +55,7 @@ def hold(storage: Folder, name: str, say: Callable[[str], None]) -> Iterator[Non
     finally:
         ended.set()
         thread.join()
-        with suppress(StorageError):  # it is seen to be dead where this process is gone
+        with suppress(OSError, StorageError):  # it is seen to be dead where this process is gone
             if (_read(folder, file) or {}).get("token") == me["token"]:
                 (folder / file).delete()
 
