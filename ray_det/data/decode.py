@@ -24,6 +24,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from ray_det.data import files
 from ray_det.data.files import OverLimitError
+from ray_det.data.parts import is_outage
 from ray_det.types import DEFAULT_LIMITS, ImageLimits, UserError
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
@@ -140,7 +141,9 @@ def orientation(image: Image.Image) -> int:
         return 1  # Pillow would decode a PNG to look for it
     try:
         value: Any = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # a broken EXIF block does not make the pixels unreadable
+    except Exception as error:  # a broken EXIF block does not make the pixels unreadable
+        if is_outage(error):
+            raise
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import posixpath
 import stat
@@ -27,10 +26,6 @@ T = TypeVar("T")
 
 READS_AT_ONCE = 16
 """Files that a process reads at once: an object store answers after tens of milliseconds, whatever is asked."""
-WHOLE_BYTES = 256 << 10
-"""Smaller remote files are taken whole where parts are asked for: every part would be one more answer to wait for."""
-BUFFER_BYTES = 64 << 10
-"""Of larger ones at a time."""
 
 
 class OverLimitError(ValueError):
@@ -80,19 +75,6 @@ def open_bounded(path: str, max_bytes: int) -> Any:
     return file
 
 
-def open_for_parts(path: str, max_bytes: int) -> Any:
-    """As `open_bounded`, for many small reads here and there, also where a storage is out of reach for a while."""
-
-    def remote() -> Any:
-        file = open_bounded(path, max_bytes)
-        if file.size() > WHOLE_BYTES:
-            return io.BufferedReader(file, BUFFER_BYTES)
-        with file:
-            return io.BytesIO(file.read())
-
-    return _patiently(path, remote) if has_scheme(path) else open_bounded(path, max_bytes)
-
-
 def too_large(size: int, max_bytes: int) -> OverLimitError:
     return OverLimitError(f"{size} bytes are more than max_bytes {max_bytes}")
 
@@ -117,7 +99,7 @@ def read_bytes(path: str, max_bytes: int | None = None, patience_s: float = PATI
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path too
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _patiently(path: str, call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
@@ -125,7 +107,7 @@ def _patiently(path: str, call: Callable[[], T], patience_s: float = PATIENCE_S)
     return patiently(call, patience_s=patience_s) if has_scheme(path) else call()
 
 
-def _unreadable(path: str, error: Exception) -> UserError | StorageError:
+def unreadable(path: str, error: Exception) -> UserError | StorageError:
     """A file that is bad, or a storage that is: what is read from it may be fine."""
     kind = StorageError if has_scheme(path) and isinstance(error, OSError) else UserError
     return kind(f"cannot read {path}: {_one_line(error)}")
@@ -200,7 +182,7 @@ def read_range(path: str, offset: int, length: int, patience_s: float = PATIENCE
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if len(content) != length:
         raise UserError(f"{path} is damaged: it ends before byte {offset + length}")
     return content

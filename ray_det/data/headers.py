@@ -15,6 +15,7 @@ from PIL import Image
 
 from ray_det.data import files, paths
 from ray_det.data.decode import check_scans, decode, open_image, orientation, reason, stored_size
+from ray_det.data.parts import is_outage, open_for_parts
 from ray_det.types import DEFAULT_LIMITS, ImageLimits, UserError
 
 CHUNK_FILES = 256
@@ -46,7 +47,8 @@ def scan(
     """The header of every file, in order; a file over the limits is unreadable.
 
     Raises:
-        UserError: a name leaves the root, by itself or through a symbolic link.
+        UserError: a name leaves the root, by itself or through a symbolic link; as `read_headers`.
+        StorageError: as `read_headers`.
     """
     paths.require_inside(root, names)
     chunks = [(root, names[i : i + CHUNK_FILES]) for i in range(0, len(names), CHUNK_FILES)]
@@ -58,7 +60,12 @@ def scan(
 
 
 def read_headers(chunk: HeaderChunk, limits: ImageLimits = DEFAULT_LIMITS) -> list[Header]:
-    """Open the header of every file of a chunk; never raises for what a file holds."""
+    """Open the header of every file of a chunk; never raises for what a file holds.
+
+    Raises:
+        UserError: a file may not or cannot be read, whatever it holds.
+        StorageError: a remote storage stayed out of reach, or refuses.
+    """
     root, names = chunk
     places = [paths.join(root, name) for name in names]
     if not paths.has_scheme(root):
@@ -76,7 +83,19 @@ def _read_header(root: str, path: str, limits: ImageLimits) -> Header:
     if paths.is_outside(path, root):
         return Header("outside")
     try:
-        with files.open_for_parts(path, limits.bytes) as file, open_image(file, limits) as image:
+        with open_for_parts(path, limits.bytes) as file:
+            return _checked(file, path, limits)
+    except (FileNotFoundError, NotADirectoryError):
+        return Header("missing", problem="no such file")
+    except (OSError, ValueError) as error:
+        if is_outage(error):
+            raise files.unreadable(path, error) from error
+        return Header("unreadable", problem=reason(error))
+
+
+def _checked(file: Any, path: str, limits: ImageLimits) -> Header:
+    try:
+        with open_image(file, limits) as image:
             height, width = stored_size(image)
             header = Header("ok", height, width, orientation(image), image.mode, several=_several(image))
             whole = _ends_well(file, image.format)
@@ -87,11 +106,11 @@ def _read_header(root: str, path: str, limits: ImageLimits) -> Header:
                 if not whole:
                     decode(content, path, limits)  # decides: files without an end mark may be whole
             return header
-    except (FileNotFoundError, NotADirectoryError):
-        return Header("missing", problem="no such file")
     except UserError as error:
         return Header("unreadable", problem=reason(error.__cause__ or error))
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken header
+        if is_outage(error):
+            raise
         return Header("unreadable", problem=reason(error))
 
 
@@ -99,7 +118,9 @@ def _several(image: Image.Image) -> bool:
     """Whether there are more frames or pages than the first."""
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # what follows the first frame may be broken
+    except Exception as error:  # what follows the first frame may be broken
+        if is_outage(error):
+            raise
         return True
 
 

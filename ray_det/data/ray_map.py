@@ -11,6 +11,7 @@ import ray.data
 
 from ray_det.data.headers import Header, HeaderChunk, map_in_threads
 from ray_det.data.pipeline import configure
+from ray_det.types import TrainingError, UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,16 +38,26 @@ def map_chunks(
 
 
 def ray_map_chunks(function: Callable[[T], R], chunks: list[T]) -> list[R]:
-    """`list(map(function, chunks))` as Ray Data tasks, results in order."""
+    """`list(map(function, chunks))` as Ray Data tasks, results in order; a UserError or TrainingError ends it."""
     reference = ray.put(chunks)
     configure(ray.data.DataContext.get_current())
+
+    def attempt(chunk: T) -> R | UserError | TrainingError:
+        try:
+            return function(chunk)
+        except (UserError, TrainingError) as error:
+            return error  # Ray Data would wrap it in an error of its own
 
     def run(block: Any) -> dict[str, np.ndarray]:
         inputs = ray.get(reference)
         results = np.empty(len(block["id"]), object)
-        results[:] = [function(inputs[i]) for i in block["id"]]
+        results[:] = [attempt(inputs[i]) for i in block["id"]]
         return {"id": block["id"], "result": results}
 
     dataset = ray.data.range(len(chunks), override_num_blocks=len(chunks)).map_batches(run, batch_size=None)
-    rows = {int(row["id"]): row["result"] for row in dataset.iter_rows()}
+    rows: dict[int, R] = {}
+    for row in dataset.iter_rows():
+        if isinstance(row["result"], UserError | TrainingError):
+            raise row["result"]
+        rows[int(row["id"])] = row["result"]
     return [rows[i] for i in range(len(chunks))]

@@ -17,6 +17,7 @@ from ray_det.data.collate import LoadSpec, Shard
 from ray_det.data.manifest import Manifest
 from ray_det.data.plan import Assignment, plan_epoch
 from ray_det.data.prepare import make
+from ray_det.storage import StorageError
 from ray_det.types import UserError
 from tests.data.test_collate import TRAIN, manifest, plan_of, same  # noqa: F401  the fixture
 from tests.ranks import ROOT
@@ -177,6 +178,17 @@ def test_map_chunks_keeps_the_order():
     from ray_det.data.ray_map import ray_map_chunks
 
     assert ray_map_chunks(lambda chunk: int(np.sum(chunk)), [[1, 2], [3], [4, 5]]) == [3, 3, 9]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_ends_a_chunk_is_one_line():
+    from ray_det.data.ray_map import ray_map_chunks
+
+    def refused(chunk: int) -> None:
+        raise StorageError("cannot read s3://bucket/a.jpg: ACCESS_DENIED")
+
+    with pytest.raises(StorageError, match="^cannot read s3://bucket/a.jpg: ACCESS_DENIED$"):
+        ray_map_chunks(refused, [1, 2])
 
 
 SMALL_STORE = """
